@@ -1,0 +1,165 @@
+"""The lock manager's contract: VMS/Linux semantics, asyncio shape.
+
+Source of the semantics: OpenVMS lock manager, Linux `fs/dlm` (modes, matrices, flags, statuses and their numbers are
+those of `dlmconstants.h`); docs/guide/locks.md tells them for users.
+"""
+
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from types import TracebackType
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from corral.base.time import Seconds
+
+# Modes. Plain ints: they index tables on the hot path.
+IV: Final = -1
+NL: Final = 0
+CR: Final = 1
+CW: Final = 2
+PR: Final = 3
+PW: Final = 4
+EX: Final = 5
+MODE_NAMES: Final = ("NL", "CR", "CW", "PR", "PW", "EX")
+
+# Flags of a request.
+NOQUEUE: Final = 0x1
+CANCEL: Final = 0x2
+CONVERT: Final = 0x4
+VALBLK: Final = 0x8
+QUECVT: Final = 0x10
+IVVALBLK: Final = 0x20
+CONVDEADLK: Final = 0x40
+PERSISTENT: Final = 0x80
+NODLCKWT: Final = 0x100
+NODLCKBLK: Final = 0x200
+EXPEDITE: Final = 0x400
+NOQUEUEBAST: Final = 0x800
+HEADQUE: Final = 0x1000
+NOORDER: Final = 0x2000
+ORPHAN: Final = 0x4000
+ALTPR: Final = 0x8000
+ALTCW: Final = 0x10000
+FORCEUNLOCK: Final = 0x20000
+TIMEOUT: Final = 0x40000
+
+# Flags of a completion.
+DEMOTED: Final = 0x1
+VALNOTVALID: Final = 0x2
+ALTMODE: Final = 0x4
+
+# Statuses of a completion: 0, a negative errno, or one of these.
+ECANCEL: Final = -0x10001
+EUNLOCK: Final = -0x10002  # a successful unlock
+
+VALUE_SIZE: Final = 32  # default length of a value block; per lockspace a multiple of 8
+
+
+class Completion(msgspec.Struct, gc=False):
+    """What became of a request. `mode` is the granted mode after it; `value` is readable beside `value_valid`."""
+
+    status: int
+    flags: int
+    mode: int
+    value: bytes
+    value_valid: bool
+    token: int
+
+
+class Request(msgspec.Struct, gc=False):
+    """One operation for `submit`.
+
+    `op`: "lock" | "convert" | "unlock" | "cancel". `lock` names the handle for the last three. `owner` is 0 for the
+    default (the handle itself) or any number the client chooses (POSIX owners, transactions).
+    """
+
+    op: str
+    resource: bytes = b""
+    mode: int = NL
+    flags: int = 0
+    lock: int = 0
+    value: bytes | None = None
+    owner: int = 0
+    timeout_ns: int = 0  # 0: none
+
+
+class Lock(Protocol):
+    """A held lock. Losing its guarantee for good raises LockLost in the body of `async with`."""
+
+    @property
+    def resource(self) -> bytes: ...
+    @property
+    def mode(self) -> int: ...
+    @property
+    def value(self) -> bytes: ...
+    @property
+    def value_valid(self) -> bool: ...
+    @property
+    def valid(self) -> bool:
+        """False once the lease has lapsed: from then on only the token guards outside effects."""
+
+    @property
+    def token(self) -> int:
+        """Grows with every grant by the master; unique per resource over the life of the cluster (DESIGN 5)."""
+
+    async def convert(
+        self, mode: int, *, wait: bool = True, value: bytes | None = None, timeout: Seconds | None = None
+    ) -> None: ...
+
+    async def unlock(self, *, value: bytes | None = None) -> None: ...
+
+
+class Pending(Protocol):
+    """What `lock()` returns: `await` it for a Lock, or `async with` it."""
+
+    def __await__(self) -> Generator[Any, Any, Lock]: ...
+    async def __aenter__(self) -> Lock: ...
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Lockspace(Protocol):
+    """Granted modes on a resource are pairwise compatible among all unfenced members.
+
+    Cancelling the awaiting task cancels the request; a grant that was already on its way is given back.
+    Errors: WouldBlock, TimedOut, Deadlock, LockLost, NoQuorum is never raised (requests wait, bounded by timeout).
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def lock(
+        self,
+        resource: bytes | str,
+        mode: int = EX,
+        *,
+        wait: bool = True,
+        timeout: Seconds | None = None,
+        keep: bool = False,
+        flags: int = 0,
+        on_block: Callable[[int], None] | None = None,
+    ) -> Pending: ...
+
+    def submit(
+        self,
+        requests: Sequence[Request],
+        completed: Callable[[int, Completion], None],
+        blocking: Callable[[int, int], None] | None = None,
+    ) -> list[int]:
+        """The low level: every flag. Returns a handle per request (for convert, unlock and cancel the given one).
+        `completed(handle, completion)` and `blocking(handle, mode)` are called from the loop, never before return.
+        A request that is illegal completes with its negative errno like any other."""
+
+    async def close(self) -> None: ...
+
+
+class LockManager(Protocol):
+    @property
+    def local(self) -> bool:
+        """True: one member only, single-node shortcuts are allowed."""
+
+    async def lockspace(self, name: str, *, value_size: int = VALUE_SIZE) -> Lockspace: ...
+
+
+AsyncBody = Callable[[Lock], Coroutine[Any, Any, Any]]

@@ -1,0 +1,37 @@
+"""Message bodies: msgspec MessagePack arrays with an integer tag first (docs/format/wire.md).
+
+Each engine's `wire.py` declares its messages as `Struct(frozen=True, array_like=True, gc=False, tag=N)` and builds one
+`Codec` of them. Tags are append-only; fields are only ever appended, with a default.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final, Generic, TypeVar, Union
+
+import msgspec
+
+from corral.base.errors import PeerError
+
+M = TypeVar("M")
+
+MESSAGE_MAX: Final = 4 << 20  # bytes; a longer body is a peer's mistake
+
+
+class Codec(Generic[M]):
+    """Encodes and decodes one closed family of messages. Decoding checks types and sizes and raises PeerError."""
+
+    def __init__(self, types: Sequence[type[Any]]) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Union[tuple(types)])  # noqa: UP007
+        self.types: Final = tuple(types)
+
+    def encode(self, message: M) -> bytes:
+        return self._encoder.encode(message)
+
+    def decode(self, payload: bytes | bytearray | memoryview) -> M:
+        if len(payload) > MESSAGE_MAX:
+            raise PeerError(f"message of {len(payload)} bytes exceeds {MESSAGE_MAX}")
+        try:
+            message: M = self._decoder.decode(payload)
+        except (msgspec.DecodeError, RecursionError, OverflowError) as error:  # ValidationError is a DecodeError
+            raise PeerError(f"undecodable message: {error}") from None
+        return message
