@@ -25,9 +25,11 @@ class PeerDown(NamedTuple):
 
 
 class Comm(Protocol):
-    """Messages between members. `deliver(peer, round, payloads)` is called from the loop with all that one wakeup brought
-    for the port, in order; `watch` callbacks come in order with deliveries (PeerUp before the session's first message,
-    PeerDown after its last)."""
+    """Messages between members.
+
+    `deliver(peer, round, payloads)` is called from the loop with all that one wakeup brought for the port, in order;
+    `watch` callbacks come in order with deliveries (PeerUp before the session's first message, PeerDown after its last).
+    """
 
     @property
     def me(self) -> MemberId: ...

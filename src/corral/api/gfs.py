@@ -1,8 +1,8 @@
 """The filesystem's contract towards whoever serves it to applications (FUSE, fsspec, the simulator's kernel model).
 
-One method for each request of the FUSE protocol that corral supports; semantics are POSIX's. A method raises only OSError
-with the errno the application shall see. Every method is a coroutine that may finish without suspending (all locks
-cached): a door drives it by `send(None)` and replies inline when it does.
+One method for each request of the FUSE protocol that corral supports; semantics are POSIX's. A method raises only
+OSError with the errno the application shall see. Every method is a coroutine that may finish without suspending (all
+locks cached): a door drives it by `send(None)` and replies inline when it does.
 
 A node id is what FUSE calls one: the block address of the inode; `generation` is its formal number, so that a reused
 block is a different file (ESTALE). Names are bytes. Times are nanoseconds since 1970.
@@ -43,7 +43,7 @@ class Attributes(msgspec.Struct, gc=False):
 
 
 class Entry(msgspec.Struct, gc=False):
-    """A name that was found or made. `entry_valid_ns` and `attr_valid_ns`: how long the kernel may believe it unasked."""
+    """A name found or made. `entry_valid_ns` and `attr_valid_ns`: how long the kernel may believe it unasked."""
 
     ino: int
     generation: int
@@ -76,7 +76,7 @@ class Opened(msgspec.Struct, gc=False):
 
 
 class Dirent(msgspec.Struct, gc=False):
-    """One name of a directory. `cookie`: pass it as `offset` to continue after this one. `entry` only for readdirplus."""
+    """One name of a directory. `cookie`: pass it as `offset` to go on after this one. `entry`: readdirplus only."""
 
     name: bytes
     ino: int
@@ -105,9 +105,9 @@ class LockRange(msgspec.Struct, gc=False):
 
 
 class Notifier(Protocol):
-    """What the filesystem tells the kernel's caches. Never awaited inside a request whose reply the kernel's inode locks
-    could wait for (measured: INVAL_INODE deadlocks with READ/WRITE of that inode, INVAL_ENTRY with LOOKUP of the parent):
-    notifications run on a thread of their own and their completion is a future."""
+    """What the filesystem tells the kernel's caches. Never awaited inside a request whose reply the kernel's inode
+    locks could wait for (measured: INVAL_INODE deadlocks with READ/WRITE of that inode, INVAL_ENTRY with LOOKUP of the
+    parent): notifications run on a thread of their own and their completion is a future."""
 
     async def invalidate_inode(self, ino: int, offset: int = 0, length: int = 0) -> None:
         """Attributes (offset < 0: only those) and pages; dirty mapped pages are written back first, as WRITE requests
