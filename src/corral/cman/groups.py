@@ -94,9 +94,10 @@ class Group(msgspec.Struct, frozen=True, array_like=True, gc=False):
         )
         return self.without(gone, clean=False) if gone else self
 
-    def finished(self) -> "Group":
-        baseline = tuple(Slotted(entry.member, entry.slot) for entry in self.members)
-        return msgspec.structs.replace(self, baseline=baseline, left=())
+    def finished(self, round: Round) -> "Group":
+        """After that round finished. Members may have changed since it began; what they count from is the round."""
+        left = tuple(member for member in self.left if member not in round.left)
+        return msgspec.structs.replace(self, baseline=round.members, left=left)
 
     def check(self) -> None:
         slots = [entry.slot for entry in self.members] + [entry.slot for entry in self.failed()]

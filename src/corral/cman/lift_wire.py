@@ -10,7 +10,7 @@ from corral.wire.codec import Codec
 
 
 class Begin(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=1):
-    """Coordinator to all: round `round` of `group` begins. For FENCE `group` is None and the last three fields count."""
+    """Coordinator to all: `round` of `group` begins. For FENCE `group` is None and the last three fields count."""
 
     view: ViewId
     sequence: int

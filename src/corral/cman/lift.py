@@ -1,0 +1,833 @@
+"""Recovery control: in which order the services of a view stop, start and finish (DESIGN 2, 4, 5).
+
+One LiftEngine a node. The coordinator of an installed, quorate view runs the lift; the others follow it.
+
+    Stop(view)        a proposal was promised: every group stops here, from the top, at once
+    Installed(view)   what the members attached to their promises is merged, by each in the same way: the newest group
+                      table, the highest round, the newest active view and what must be fenced since
+    FENCE             coordinator begins the global round; a member's Done means: all victims are fenced or averted, and
+                      its lease guard has passed. All Done: the view is *active*
+    per stack         groups by level; a level begins when the ones below it in its stack have finished
+    round             Begin (persist the id, stop, start local members) -> Done -> all Done: Finish
+
+A change within a view (a participant joins, leaves, is gone, or cannot reach another) begins a new round of that group,
+which stops the groups above it in the stack; a round under way is abandoned by the newer one. What an abandoned round
+should have recovered carries over, because `failed` counts from the last *finished* round (groups.py).
+
+Invariants
+  LIFT-1, LIFT-2  groups.py
+  LIFT-3  a round id is persisted here before anything of that round leaves or starts; ids only rise
+  LIFT-4  no group above FENCE starts in a view that is not active
+  LIFT-5  a group starts only when every group below it in its stack has finished its newest round
+  LIFT-6  a Finish is emitted only for the newest round begun here
+
+The model is CMAN 2004 (`cman-kernel/src/sm_*.c`); deviations: the coordinator counts instead of two-phase barriers (its
+own failure makes a new view, which starts over), and the lift runs per stack above FENCE.
+"""
+
+from typing import Final, final
+
+from msgspec.structs import replace
+
+from corral.api.cman import FENCE_GROUP
+from corral.base.engine import Ready, Received, Tick
+from corral.base.ids import MemberId, NodeId, NodeIncarnation, ViewId
+from corral.base.time import FOREVER, Instant, Nanoseconds
+from corral.base.view import Round, Slotted, View
+from corral.base.world import ProcessId
+from corral.cman.groups import Group, free_number
+from corral.cman.lift_wire import (
+    Attachment,
+    Begin,
+    Depart,
+    Done,
+    Evict,
+    Finish,
+    Identity,
+    Join,
+    LiftMessage,
+    LiftState,
+    Refuse,
+    Unreachable,
+)
+from corral.wire.frame import GROUP_PORT_MIN
+
+HELD_MAX: Final = 1024  # messages kept of a view that is not installed here yet
+GROUPS_MAX: Final = 1024
+
+
+# --- events ----------------------------------------------------------------------------------------------------------
+
+
+@final
+class Promised:
+    """This node promised a proposal: stop everything."""
+
+    __slots__ = ()
+
+
+@final
+class Installed:
+    """A view, with what each member attached to its promise, and who left cleanly with it."""
+
+    __slots__ = ("attachments", "left", "view")
+
+    def __init__(
+        self, view: View, attachments: dict[NodeIncarnation, Attachment], left: tuple[NodeIncarnation, ...] = ()
+    ) -> None:
+        self.view = view
+        self.attachments = attachments
+        self.left = left
+
+
+@final
+class LocalJoin:
+    """A participant of this node asks to join a group. Kept until it is a member, also across views."""
+
+    __slots__ = ("address", "group", "level", "member", "process", "slots", "ticket")
+
+    def __init__(
+        self, member: MemberId, group: str, level: int, slots: int, address: str, ticket: bytes, process: ProcessId
+    ) -> None:
+        self.member = member
+        self.group = group
+        self.level = level
+        self.slots = slots
+        self.address = address
+        self.ticket = ticket
+        self.process = process
+
+
+@final
+class LocalLeave:
+    """A participant leaves a group cleanly, having finished with it."""
+
+    __slots__ = ("group", "member")
+
+    def __init__(self, member: MemberId, group: str) -> None:
+        self.member = member
+        self.group = group
+
+
+@final
+class LocalGone:
+    """A participant of this node is *gone*, by proof."""
+
+    __slots__ = ("member",)
+
+    def __init__(self, member: MemberId) -> None:
+        self.member = member
+
+
+@final
+class LocalDone:
+    """A local member (for FENCE: the node itself) has started that round."""
+
+    __slots__ = ("group", "member", "round_id")
+
+    def __init__(self, member: MemberId, group: str, round_id: int) -> None:
+        self.member = member
+        self.group = group
+        self.round_id = round_id
+
+
+@final
+class LocalReach:
+    """A local member lost its session to a peer of its group, or has it again."""
+
+    __slots__ = ("down", "group", "member", "peer")
+
+    def __init__(self, member: MemberId, group: str, peer: MemberId, down: bool) -> None:
+        self.member = member
+        self.group = group
+        self.peer = peer
+        self.down = down
+
+
+@final
+class Fenced:
+    """An incarnation is cut off, or its fence was averted by a clean rejoin."""
+
+    __slots__ = ("node",)
+
+    def __init__(self, node: NodeIncarnation) -> None:
+        self.node = node
+
+
+LiftEvent = (
+    Promised
+    | Installed
+    | LocalJoin
+    | LocalLeave
+    | LocalGone
+    | LocalDone
+    | LocalReach
+    | Fenced
+    | Received[LiftMessage]
+    | Tick
+)
+
+
+# --- decisions -------------------------------------------------------------------------------------------------------
+
+
+@final
+class StopAll:
+    """Every group stops, from the top."""
+
+    __slots__ = ()
+
+
+@final
+class StartFence:
+    __slots__ = ("absent", "clean", "round", "startup")
+
+    def __init__(
+        self, round: Round, clean: frozenset[NodeIncarnation], startup: bool, absent: tuple[NodeId, ...]
+    ) -> None:
+        self.round = round
+        self.clean = clean
+        self.startup = startup
+        self.absent = absent
+
+
+@final
+class StartGroup:
+    """Stop `stops` (groups above it in its stack, topmost first) and the group itself, then start it here."""
+
+    __slots__ = ("group", "local", "round", "stops")
+
+    def __init__(self, group: Group, round: Round, local: tuple[MemberId, ...], stops: tuple[str, ...]) -> None:
+        self.group = group
+        self.round = round
+        self.local = local
+        self.stops = stops
+
+
+@final
+class FinishGroup:
+    __slots__ = ("group", "round")
+
+    def __init__(self, group: str, round: Round) -> None:
+        self.group = group
+        self.round = round
+
+
+@final
+class ViewActive:
+    __slots__ = ("view",)
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+
+
+@final
+class Left:
+    """The departure of a local member from a group has been ordered."""
+
+    __slots__ = ("group", "member")
+
+    def __init__(self, member: MemberId, group: str) -> None:
+        self.member = member
+        self.group = group
+
+
+@final
+class Refused:
+    __slots__ = ("group", "member", "reason")
+
+    def __init__(self, member: MemberId, group: str, reason: str) -> None:
+        self.member = member
+        self.group = group
+        self.reason = reason
+
+
+@final
+class EvictLocal:
+    __slots__ = ("member", "reason")
+
+    def __init__(self, member: MemberId, reason: str) -> None:
+        self.member = member
+        self.reason = reason
+
+
+@final
+class AttachmentChanged:
+    __slots__ = ("attachment",)
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+@final
+class _Running:
+    """A round on its way, as the coordinator counts it."""
+
+    __slots__ = ("round", "waiting")
+
+    def __init__(self, round: Round, waiting: set[NodeId]) -> None:
+        self.round = round
+        self.waiting = waiting
+
+
+@final
+class LiftEngine:
+    def __init__(
+        self,
+        me: NodeIncarnation,
+        process: ProcessId,
+        configured: tuple[NodeId, ...],
+        recover_ns: Nanoseconds,
+        state: LiftState,
+        *,
+        clean: bool,
+    ) -> None:
+        self.me: Final = me
+        self.deadline: Instant = FOREVER
+        self.view: View | None = None
+        self.active = False
+        self.groups: dict[str, Group] = {}
+        self.rounds: dict[str, Round] = {}  # the newest round begun here, by group
+        self.dropped = 0  # messages that made no sense here and now
+        self._process = process
+        self._configured = configured
+        self._recover_ns = recover_ns
+        self._state = state
+        self._clean = clean
+        self._table_view = ViewId(0, 0)
+        self._table_sequence = 0
+        self._last_number = GROUP_PORT_MIN - 1
+        self._ready = Ready()
+        self._stopped = True
+        self._held: list[tuple[MemberId, LiftMessage]] = []
+        # What participants of this node want, until the table says so.
+        self._joins: dict[tuple[MemberId, str], LocalJoin] = {}
+        self._departs: dict[tuple[MemberId, str], bool] = {}  # -> clean; group "" means gone from all
+        self._local_waiting: dict[str, set[MemberId]] = {}
+        self._done_round: dict[str, int] = {}
+        # The coordinator's part.
+        self._running: dict[str, _Running] = {}
+        self._finished: dict[str, int] = {}  # group -> id of the round that finished in this view
+        self._unreachable: dict[tuple[str, MemberId, MemberId], Instant] = {}
+        self._evicted: set[MemberId] = set()
+        self._round_high = state.round
+
+    # -- what others may ask
+
+    @property
+    def coordinating(self) -> bool:
+        return self.view is not None and self.view.quorate and self.view.id.coordinator == self.me.node
+
+    @property
+    def state(self) -> LiftState:
+        return self._state
+
+    def identities(self, node: NodeIncarnation) -> list[ProcessId]:
+        """Every process of that incarnation that was ever announced."""
+        for identity in self._state.identities:
+            if identity.node == node:
+                return list(identity.processes)
+        return []
+
+    def waiting_for(self) -> dict[str, tuple[NodeId, ...]]:
+        """On the coordinator: rounds under way and the nodes that have not reported Done."""
+        return {name: tuple(sorted(run.waiting)) for name, run in sorted(self._running.items())}
+
+    def attachment(self) -> Attachment:
+        return Attachment(
+            state=self._state,
+            clean=self._clean,
+            process=self._process,
+            table_view=self._table_view,
+            table_sequence=self._table_sequence,
+            last_number=self._last_number,
+            table=tuple(self.groups[name] for name in sorted(self.groups)),
+        )
+
+    # -- the contract
+
+    def ready(self) -> Ready:
+        ready, self._ready = self._ready, Ready()
+        return ready
+
+    def step(self, now: Instant, event: LiftEvent) -> None:
+        if isinstance(event, Received):
+            self._receive(now, event.peer, event.message)
+        elif isinstance(event, Promised):
+            self._stop()
+        elif isinstance(event, Installed):
+            self._install(now, event)
+        elif isinstance(event, LocalDone):
+            self._local_done(event)
+        elif isinstance(event, LocalJoin):
+            self._joins[event.member, event.group] = event
+            self._ask()
+        elif isinstance(event, LocalLeave):
+            self._joins.pop((event.member, event.group), None)
+            self._departs[event.member, event.group] = True
+            self._ask()
+        elif isinstance(event, LocalGone):
+            self._forget_member(event.member)
+            self._departs[event.member, ""] = False
+            self._ask()
+        elif isinstance(event, LocalReach):
+            self._tell_coordinator(Unreachable(self._view_id(), event.group, event.member, event.peer, event.down))
+        elif isinstance(event, Fenced):
+            self._fenced(event.node)
+        elif isinstance(event, Tick):
+            self._judge_unreachable(now)
+
+    # -- views
+
+    def _view_id(self) -> ViewId:
+        return self.view.id if self.view is not None else ViewId(0, 0)
+
+    def _stop(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            self.active = False
+            self._ready.emit.append(StopAll())
+
+    def _install(self, now: Instant, event: Installed) -> None:
+        self._stop()
+        view = event.view
+        self.view = view
+        self.active = False
+        self._running.clear()
+        self._finished.clear()
+        self._unreachable.clear()
+        self._evicted.clear()
+        self._local_waiting.clear()
+        self._done_round.clear()
+        self.deadline = FOREVER
+        self._merge(view, event)
+        held, self._held = self._held, []
+        if self.coordinating:
+            self._begin_fence(event)
+        for peer, message in held:
+            self._receive(now, peer, message)
+
+    def _merge(self, view: View, event: Installed) -> None:
+        """Identical on every member: it sees nothing but the attachments, which are."""
+        attachments = [event.attachments[member] for member in view.members if member in event.attachments]
+        newest = max(attachments, key=lambda a: (a.table_view, a.table_sequence), default=None)
+        if newest is not None and (newest.table_view, newest.table_sequence) >= (
+            self._table_view,
+            self._table_sequence,
+        ):
+            self.groups = {group.name: group for group in newest.table}
+            self._table_view, self._table_sequence = newest.table_view, newest.table_sequence
+            self._last_number = newest.last_number
+        states = [attachment.state for attachment in attachments]
+        self._round_high = max([self._state.round, *(state.round for state in states)])
+        identities = _merge_identities(
+            [identity for state in (*states, self._state) for identity in state.identities]
+            + [Identity(member, (attachment.process,)) for member, attachment in sorted(event.attachments.items())]
+        )
+        known = [state for state in (*states, self._state) if state.active is not None]
+        best = max(known, key=lambda state: state.active or ViewId(0, 0), default=None)
+        active, active_members = (best.active, best.active_members) if best is not None else (None, ())
+        floor = active.epoch if active is not None else 0
+        since: dict[NodeIncarnation, int] = {}
+        for state in (*states, self._state):
+            for node, epoch in state.since:
+                if epoch > floor and epoch > since.get(node, 0):
+                    since[node] = epoch
+        if view.quorate:
+            for member in view.members:
+                since[member] = view.id.epoch
+        fenced = {node for state in (*states, self._state) for node in state.fenced} | set(event.left)
+        owed = set(active_members) | set(since)
+        self._save(
+            LiftState(
+                round=self._state.round,
+                active=active,
+                active_members=active_members,
+                since=tuple(sorted(since.items())),
+                fenced=tuple(sorted(fenced & owed)),
+                identities=_keep_identities(identities, owed),
+            )
+        )
+
+    def _owed(self) -> set[NodeIncarnation]:
+        """Every incarnation that may still act on what an active view gave it."""
+        state = self._state
+        return (set(state.active_members) | {node for node, _ in state.since}) - set(state.fenced)
+
+    def _save(self, state: LiftState) -> None:
+        assert state.round >= self._state.round, "LIFT-3"
+        if state != self._state:
+            self._state = state
+            self._ready.persist.append(state)
+        self._ready.emit.append(AttachmentChanged(self.attachment()))
+
+    def _fenced(self, node: NodeIncarnation) -> None:
+        state = self._state
+        if node not in state.fenced:
+            self._save(replace(state, fenced=tuple(sorted({*state.fenced, node}))))
+
+    # -- the coordinator
+
+    def _next_round(self) -> int:
+        self._round_high += 1
+        return self._round_high
+
+    def _broadcast(self, message: LiftMessage) -> None:
+        assert self.view is not None
+        for member in self.view.members:
+            self._ready.then_send.append((member.corrald(), message))
+
+    def _begin_fence(self, event: Installed) -> None:
+        assert self.view is not None
+        view = self.view
+        here = set(view.members)
+        members = tuple(Slotted(member.corrald(), slot) for slot, member in enumerate(view.members))
+        failed = tuple(Slotted(node.corrald(), 0) for node in sorted(self._owed() - here))
+        round = Round(
+            id=self._next_round(),
+            group=FENCE_GROUP,
+            members=members,
+            failed=failed,
+            joined=(),
+            left=tuple(node.corrald() for node in sorted(event.left)),
+        )
+        clean = tuple(m for m in view.members if m in event.attachments and event.attachments[m].clean)
+        nodes = set(view.nodes)
+        absent = tuple(node for node in self._configured if node not in nodes)
+        self._running[FENCE_GROUP] = _Running(round, set(view.nodes))
+        self._table_sequence = 0 if self._table_view != view.id else self._table_sequence
+        self._broadcast(Begin(view.id, 0, round, None, clean=clean, startup=self._state.active is None, absent=absent))
+
+    def _change(self, group: Group) -> None:
+        """Puts a changed group into the table; its round follows by `_advance`."""
+        self.groups[group.name] = group
+        self._running.pop(group.name, None)
+        self._finished.pop(group.name, None)
+
+    def _advance(self) -> None:
+        """Begins every round whose turn it is."""
+        assert self.view is not None
+        if not self.coordinating or not self.active:
+            return
+        for name in sorted(self.groups, key=lambda n: (self.groups[n].level, n)):
+            group = self.groups[name]
+            if name in self._running or name in self._finished:
+                continue
+            if any(below.name not in self._finished for below in self._stack_below(group)):
+                continue
+            for above in self._stack_above(group):
+                self._running.pop(above.name, None)
+                self._finished.pop(above.name, None)
+            self._begin(group)
+
+    def _stack_below(self, group: Group) -> list[Group]:
+        return [g for g in self.groups.values() if g.stack == group.stack and g.stack and g.level < group.level]
+
+    def _stack_above(self, group: Group) -> list[Group]:
+        above = [g for g in self.groups.values() if g.stack == group.stack and g.stack and g.level > group.level]
+        return sorted(above, key=lambda g: (-g.level, g.name))
+
+    def _begin(self, group: Group) -> None:
+        assert self.view is not None
+        assert self.active, "LIFT-4"
+        assert all(below.name in self._finished for below in self._stack_below(group)), "LIFT-5"
+        round = group.round(self._next_round())
+        self._table_sequence += 1
+        self._table_view = self.view.id
+        self._running[group.name] = _Running(round, set(self.view.nodes))
+        self._broadcast(Begin(self.view.id, self._table_sequence, round, group))
+
+    def _count(self, peer: MemberId, message: Done) -> None:
+        run = self._running.get(message.group)
+        if run is None or run.round.id != message.round:
+            return  # of a round that a newer one abandoned
+        run.waiting.discard(peer.node)
+        if run.waiting:
+            return
+        del self._running[message.group]
+        self._finished[message.group] = message.round
+        if message.group in self.groups:
+            self.groups[message.group] = self.groups[message.group].finished(run.round)
+        self._broadcast(Finish(self._view_id(), message.round, message.group))
+
+    def _join(self, peer: MemberId, message: Join) -> None:
+        if not self.active:
+            return  # asked again when the view is active
+        group = self.groups.get(message.group)
+        if group is None:
+            if len(self.groups) >= GROUPS_MAX:
+                self._refuse(peer, message, f"the cluster has its {GROUPS_MAX} service groups; leave one first")
+                return
+            self._last_number = free_number(self.groups, self._last_number)
+            group = Group(message.group, message.level, self._last_number, message.slots, (), (), ())
+        if group.entry(message.member) is not None:
+            return
+        if group.level != message.level:
+            self._refuse(peer, message, f"group {message.group} runs at level {group.level}, not {message.level}")
+            return
+        if group.members and group.slots != message.slots:
+            group = replace(group, slots=max(group.slots, message.slots))
+        added = group.with_member(message.member, message.address, message.ticket, message.process)
+        if added is None:
+            self._refuse(peer, message, f"all {group.slots} slots of {message.group} are taken; add a journal first")
+            return
+        self._change(added)
+        self._advance()
+
+    def _refuse(self, peer: MemberId, message: Join, reason: str) -> None:
+        self._ready.then_send.append((peer, Refuse(self._view_id(), message.group, message.member, reason)))
+
+    def _depart(self, peer: MemberId, message: Depart) -> None:
+        if not self.active:
+            return
+        names = [message.group] if message.group else sorted(self.groups)
+        found = False
+        for name in names:
+            group = self.groups.get(name)
+            if group is not None and group.entry(message.member) is not None:
+                self._change(group.without(frozenset((message.member,)), clean=message.clean))
+                found = True
+        if not found:
+            self._ready.then_send.append(
+                (peer, Refuse(self._view_id(), message.group, message.member, "it is not a member"))
+            )
+        self._unreachable = {k: v for k, v in self._unreachable.items() if message.member not in k[1:]}
+        self._advance()
+
+    def _reach(self, now: Instant, message: Unreachable) -> None:
+        group = self.groups.get(message.group)
+        if not self.active or group is None:
+            return
+        if group.entry(message.member) is None or group.entry(message.peer) is None:
+            return
+        key = (message.group, message.member, message.peer)
+        if not message.down:
+            self._unreachable.pop(key, None)
+            return
+        self._unreachable.setdefault(key, now)
+        self._arm()
+        # Even with the same members a broken session means a new round (DESIGN 4): what was under way in it is lost.
+        self._change(group)
+        self._advance()
+
+    def _arm(self) -> None:
+        due = [since + self._recover_ns for key, since in self._unreachable.items() if self._mutual(key)]
+        self.deadline = min(due, default=FOREVER)
+
+    def _mutual(self, key: tuple[str, MemberId, MemberId]) -> bool:
+        group, member, peer = key
+        return (group, peer, member) in self._unreachable
+
+    def _judge_unreachable(self, now: Instant) -> None:
+        """Two participants that could not talk for `recover`: the one that reaches fewer goes (tie: the higher id)."""
+        for key, since in sorted(self._unreachable.items()):
+            group, member, peer = key
+            if not self._mutual(key) or now - since < self._recover_ns or {member, peer} & self._evicted:
+                continue
+            victim = max(member, peer, key=lambda m: (self._unreached(group, m), m))
+            self._evicted.add(victim)
+            other = peer if victim == member else member
+            reason = f"it and {other} of {group} could not talk for {self._recover_ns / 1e9:g} s"
+            home = NodeIncarnation(victim.node, victim.incarnation).corrald()
+            self._ready.then_send.append((home, Evict(self._view_id(), victim, reason)))
+        self._unreachable = {k: v for k, v in self._unreachable.items() if not {k[1], k[2]} & self._evicted}
+        self._arm()
+
+    def _unreached(self, group: str, member: MemberId) -> int:
+        return sum(1 for name, one, _ in self._unreachable if name == group and one == member)
+
+    # -- every member
+
+    def _tell_coordinator(self, message: LiftMessage) -> None:
+        if self.view is None or not self.view.quorate:
+            return
+        coordinator = self.view.id.coordinator
+        incarnation = self.view.incarnation_of(coordinator)
+        assert incarnation is not None
+        self._ready.then_send.append((MemberId(coordinator, incarnation, 0), message))
+
+    def _ask(self) -> None:
+        """Tells the coordinator everything that participants here still want."""
+        if self.view is None or not self.active:
+            return
+        for (member, group), clean in sorted(self._departs.items()):
+            self._tell_coordinator(Depart(self.view.id, group, member, clean))
+        for (member, name), join in sorted(self._joins.items()):
+            self._tell_coordinator(
+                Join(self.view.id, name, join.level, join.slots, member, join.address, join.ticket, join.process)
+            )
+
+    def _receive(self, now: Instant, peer: MemberId, message: LiftMessage) -> None:
+        view = self.view
+        if view is None or message.view > view.id:
+            if len(self._held) < HELD_MAX:
+                self._held.append((peer, message))
+            else:
+                self.dropped += 1
+            return
+        if message.view != view.id or NodeIncarnation(peer.node, peer.incarnation) not in view.members:
+            self.dropped += 1
+            return
+        if isinstance(message, Begin | Finish | Refuse | Evict):
+            if peer.node != view.id.coordinator:
+                self.dropped += 1
+            elif isinstance(message, Begin):
+                self._begun(message)
+            elif isinstance(message, Finish):
+                self._finish(now, message)
+            elif isinstance(message, Refuse):
+                self._refused(message)
+            else:
+                self._ready.emit.append(EvictLocal(message.member, message.reason))
+        elif not self.coordinating:
+            self.dropped += 1
+        elif isinstance(message, Done):
+            self._count(peer, message)
+        elif message.member.node != peer.node or message.member.incarnation != peer.incarnation:
+            self.dropped += 1  # nobody speaks for another node's participants
+        elif isinstance(message, Join):
+            self._join(peer, message)
+        elif isinstance(message, Depart):
+            self._depart(peer, message)
+        else:
+            self._reach(now, message)
+
+    def _refused(self, message: Refuse) -> None:
+        key = (message.member, message.group)
+        if self._departs.pop(key, None) is not None:
+            if message.group:
+                self._ready.emit.append(Left(message.member, message.group))
+        elif self._joins.pop(key, None) is not None:
+            self._ready.emit.append(Refused(message.member, message.group, message.reason))
+
+    def _begun(self, message: Begin) -> None:
+        assert self.view is not None
+        round = message.round
+        last = self.rounds.get(round.group)
+        if last is not None and round.id <= last.id:
+            self.dropped += 1
+            return
+        self._stopped = False
+        self._round_high = max(self._round_high, round.id)
+        self.rounds[round.group] = round
+        if message.group is None:
+            self._save(replace(self._state, round=max(self._state.round, round.id)))
+            self._local_waiting[FENCE_GROUP] = {self.me.corrald()}
+            self._ready.emit.append(StartFence(round, frozenset(message.clean), message.startup, message.absent))
+            return
+        if not self.active:
+            self.dropped += 1  # LIFT-4; a coordinator that obeys it never gets here
+            return
+        self._begun_group(message, message.group, round)
+
+    def _begun_group(self, message: Begin, group: Group, round: Round) -> None:
+        before = self.groups.get(group.name)
+        self.groups[group.name] = group
+        self._table_view, self._table_sequence = message.view, message.sequence
+        self._last_number = max(self._last_number, group.number)
+        announced = [
+            Identity(NodeIncarnation(e.member.node, e.member.incarnation), (e.process,)) for e in group.members
+        ]
+        identities = _merge_identities([*self._state.identities, *announced])
+        kept = _keep_identities(identities, self._owed() | {entry.node for entry in announced})
+        self._save(replace(self._state, round=max(self._state.round, round.id), identities=kept))
+        self._settle(group, before)
+        stops = tuple(above.name for above in self._stack_above(group))
+        for name in stops:
+            self._local_waiting.pop(name, None)
+        local = tuple(e.member for e in group.members if self._is_local(e.member))
+        self._local_waiting[group.name] = set(local)
+        self._ready.emit.append(StartGroup(group, round, local, stops))
+        if not local:
+            self._tell_coordinator(Done(message.view, round.id, group.name))
+
+    def _settle(self, group: Group, before: Group | None) -> None:
+        """What participants of this node asked for and now stands in the table is no longer asked."""
+        for entry in group.members:
+            self._joins.pop((entry.member, group.name), None)
+        for member, name in sorted(self._departs):
+            if name == group.name and group.entry(member) is None:
+                del self._departs[member, name]
+                self._ready.emit.append(Left(member, name))
+        for member, name in sorted(self._departs):
+            if name == "" and all(g.entry(member) is None for g in self.groups.values()):
+                del self._departs[member, name]
+
+    def _is_local(self, member: MemberId) -> bool:
+        return member.node == self.me.node and member.incarnation == self.me.incarnation
+
+    def _forget_member(self, member: MemberId) -> None:
+        for key in [key for key in self._joins if key[0] == member]:
+            del self._joins[key]
+        for key in [key for key in self._departs if key[0] == member]:
+            del self._departs[key]
+
+    def _local_done(self, event: LocalDone) -> None:
+        round = self.rounds.get(event.group)
+        waiting = self._local_waiting.get(event.group)
+        if round is None or waiting is None or round.id != event.round_id or self.view is None:
+            return
+        waiting.discard(event.member)
+        if not waiting:
+            self._tell_coordinator(Done(self.view.id, round.id, event.group))
+
+    def _finish(self, now: Instant, message: Finish) -> None:
+        round = self.rounds.get(message.group)
+        if round is None or round.id != message.round:
+            self.dropped += 1
+            return
+        assert round.id == message.round, "LIFT-6"
+        if message.group == FENCE_GROUP:
+            self._finish_fence(round)
+            return
+        group = self.groups.get(message.group)
+        if group is None:
+            return
+        if group.members:
+            self.groups[message.group] = group.finished(round)
+        else:
+            del self.groups[message.group]
+            self.rounds.pop(message.group, None)
+        self._ready.emit.append(FinishGroup(message.group, round))
+        self._ready.emit.append(AttachmentChanged(self.attachment()))
+        self._advance_if_coordinating()
+
+    def _finish_fence(self, round: Round) -> None:
+        assert self.view is not None
+        view = self.view
+        self.active = True
+        self._save(
+            replace(
+                self._state,
+                active=view.id,
+                active_members=view.members,
+                since=(),
+                fenced=(),
+                identities=_keep_identities(list(self._state.identities), set(view.members)),
+            )
+        )
+        self._ready.emit.append(ViewActive(view))
+        if self.coordinating:
+            here = frozenset(view.members)
+            for name in sorted(self.groups):
+                self._change(self.groups[name].of_nodes(here))
+        self._ask()
+        self._advance_if_coordinating()
+
+    def _advance_if_coordinating(self) -> None:
+        if self.coordinating:
+            self._advance()
+
+
+def _merge_identities(identities: list[Identity]) -> list[Identity]:
+    merged: dict[NodeIncarnation, set[ProcessId]] = {}
+    for identity in identities:
+        merged.setdefault(identity.node, set()).update(identity.processes)
+    return [Identity(node, tuple(sorted(merged[node]))) for node in sorted(merged)]
+
+
+def _keep_identities(identities: list[Identity], owed: set[NodeIncarnation]) -> tuple[Identity, ...]:
+    return tuple(identity for identity in identities if identity.node in owed)

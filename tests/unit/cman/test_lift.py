@@ -1,0 +1,325 @@
+"""Recovery control, stepped by hand: several lifts over FIFO queues, services that report done when told."""
+
+from corral.api.cman import FENCE_GROUP
+from corral.base.engine import Received
+from corral.base.ids import MemberId, NodeIncarnation, ViewId
+from corral.base.time import SECOND
+from corral.base.view import View
+from corral.base.world import ProcessId
+from corral.cman.lift import (
+    EvictLocal,
+    Fenced,
+    FinishGroup,
+    Installed,
+    Left,
+    LiftEngine,
+    LocalDone,
+    LocalGone,
+    LocalJoin,
+    LocalLeave,
+    LocalReach,
+    Promised,
+    Refused,
+    StartFence,
+    StartGroup,
+    StopAll,
+    ViewActive,
+)
+from corral.cman.lift_wire import LiftState
+
+RECOVER = 2 * SECOND
+
+
+class Cluster:
+    """Lifts of several nodes. Services answer at once unless their group is in `held`."""
+
+    def __init__(self, *nodes: int) -> None:
+        self.now = 0
+        self.epoch = 0
+        self.lifts = {node: self.boot(node, 100) for node in nodes}
+        self.configured = nodes
+        self.queues: dict[tuple[int, int], list] = {}
+        self.story: list[str] = []
+        self.held: set[str] = set()
+        self.rounds: dict[tuple[int, str], object] = {}
+        self.waiting: list[tuple[int, LocalDone]] = []
+
+    def boot(self, node: int, incarnation: int, state: LiftState | None = None, clean: bool = True) -> LiftEngine:
+        process = ProcessId(node * 1000 + incarnation, 1, "boot")
+        configured = (1, 2, 3)
+        return LiftEngine(
+            NodeIncarnation(node, incarnation), process, configured, RECOVER, state or LiftState(), clean=clean
+        )
+
+    def install(self, *nodes: int, quorate: bool = True, coordinator: int | None = None) -> None:
+        self.epoch += 1
+        members = tuple(self.lifts[node].me for node in sorted(nodes))
+        view = View(ViewId(self.epoch, coordinator or min(nodes)), members, quorate)
+        attachments = {self.lifts[node].me: self.lifts[node].attachment() for node in nodes}
+        for node in nodes:
+            self.step(node, Promised())
+        for node in nodes:
+            self.step(node, Installed(view, attachments))
+
+    def step(self, node: int, event: object) -> None:
+        lift = self.lifts[node]
+        lift.step(self.now, event)
+        ready = lift.ready()
+        for peer, message in [*ready.send, *ready.then_send]:
+            self.queues.setdefault((node, peer.node), []).append(message)
+        for decision in ready.emit:
+            self.act(node, decision)
+
+    def act(self, node: int, decision: object) -> None:
+        if isinstance(decision, StopAll):
+            self.story.append(f"{node} stop")
+        elif isinstance(decision, StartFence):
+            failed = ",".join(str(entry.member.node) for entry in decision.round.failed)
+            self.story.append(f"{node} fence [{failed}]" + (" startup" if decision.startup else ""))
+            for entry in decision.round.failed:
+                self.step(node, Fenced(NodeIncarnation(entry.member.node, entry.member.incarnation)))
+            self.done(node, LocalDone(self.lifts[node].me.corrald(), FENCE_GROUP, decision.round.id))
+        elif isinstance(decision, StartGroup):
+            self.rounds[node, decision.group.name] = decision.round
+            failed = ",".join(f"{entry.member}@{entry.slot}" for entry in decision.round.failed)
+            members = ",".join(f"{entry.member}@{entry.slot}" for entry in decision.round.members)
+            if decision.local:
+                self.story.append(f"{node} start {decision.group.name} {{{members}}} failed [{failed}]")
+            for member in decision.local:
+                self.done(node, LocalDone(member, decision.group.name, decision.round.id))
+        elif isinstance(decision, FinishGroup):
+            self.story.append(f"{node} finish {decision.group}")
+        elif isinstance(decision, ViewActive):
+            self.story.append(f"{node} active")
+        elif isinstance(decision, Left):
+            self.story.append(f"{node} left {decision.group}")
+        elif isinstance(decision, Refused):
+            self.story.append(f"{node} refused {decision.reason}")
+        elif isinstance(decision, EvictLocal):
+            self.story.append(f"{node} evict {decision.member}: {decision.reason}")
+
+    def done(self, node: int, event: LocalDone) -> None:
+        if event.group in self.held:
+            self.waiting.append((node, event))
+        else:
+            self.step(node, event)
+
+    def release(self, group: str) -> None:
+        self.held.discard(group)
+        waiting, self.waiting = self.waiting, []
+        for node, event in waiting:
+            self.done(node, event)
+        self.settle()
+
+    def settle(self) -> None:
+        while any(self.queues.values()):
+            for (source, target), queue in sorted(self.queues.items()):
+                messages, queue[:] = queue[:], []
+                if target in self.lifts:
+                    for message in messages:
+                        self.step(target, Received(self.lifts[source].me.corrald(), message))
+
+    def join(self, node: int, group: str, level: int, serial: int = 1, slots: int = 8) -> MemberId:
+        me = self.lifts[node].me
+        member = MemberId(me.node, me.incarnation, serial)
+        process = ProcessId(node * 1000 + serial, 2, "boot")
+        self.step(node, LocalJoin(member, group, level, slots, f"host{node}:{serial}", b"ticket", process))
+        self.settle()
+        return member
+
+    def told(self) -> list[str]:
+        story, self.story = self.story, []
+        return story
+
+
+def active(*nodes: int) -> Cluster:
+    cluster = Cluster(*nodes)
+    cluster.install(*nodes)
+    cluster.settle()
+    cluster.told()
+    return cluster
+
+
+def test_first_view_fences_at_startup_and_becomes_active_everywhere() -> None:
+    cluster = Cluster(1, 2, 3)
+    cluster.install(1, 2, 3)
+    cluster.settle()
+    story = cluster.told()
+    assert [line for line in story if "fence" in line] == [f"{n} fence [] startup" for n in (1, 2, 3)]
+    assert [line for line in story if "active" in line] == ["1 active", "2 active", "3 active"]
+
+
+def test_an_inquorate_view_runs_no_round() -> None:
+    cluster = Cluster(1, 2, 3)
+    cluster.install(3, quorate=False)
+    cluster.settle()
+    assert cluster.told() == []
+
+
+def test_levels_of_a_stack_start_from_the_bottom_and_only_when_the_one_below_finished_everywhere() -> None:
+    cluster = active(1, 2)
+    cluster.join(1, "gfs:home", 2)
+    cluster.join(1, "dlm:home", 1)
+    cluster.told()
+    cluster.held.add("dlm:home")
+    cluster.install(1, 2)
+    cluster.settle()
+    story = cluster.told()
+    assert "1 start dlm:home {1.1@0} failed []" in story
+    assert not any("gfs" in line for line in story)
+    cluster.release("dlm:home")
+    story = cluster.told()
+    assert story.index("1 finish dlm:home") < story.index("1 start gfs:home {1.1@0} failed []")
+
+
+def test_a_failed_node_is_fenced_before_its_groups_recover_and_its_slot_is_named() -> None:
+    cluster = active(1, 2, 3)
+    for node in (1, 2, 3):
+        cluster.join(node, "dlm:home", 1)
+    cluster.told()
+    del cluster.lifts[3]
+    cluster.install(1, 2)
+    cluster.settle()
+    story = cluster.told()
+    assert "1 fence [3]" in story
+    assert story.index("1 fence [3]") < story.index("1 start dlm:home {1.1@0,2.1@1} failed [3.1@2]")
+
+
+def test_what_an_abandoned_round_should_have_recovered_carries_over() -> None:
+    cluster = active(1, 2, 3)
+    for node in (1, 2, 3):
+        cluster.join(node, "dlm:home", 1)
+    cluster.held.add("dlm:home")
+    del cluster.lifts[3]
+    cluster.install(1, 2)
+    cluster.settle()
+    cluster.told()
+    cluster.held.clear()
+    cluster.install(1, 2, coordinator=2)  # the round never finished
+    cluster.settle()
+    assert "2 start dlm:home {1.1@0,2.1@1} failed [3.1@2]" in cluster.told()
+
+
+def test_a_second_failure_before_the_first_was_fenced_makes_both_victims() -> None:
+    cluster = active(1, 2, 3)
+    cluster.held.add(FENCE_GROUP)
+    cluster.install(1, 2)
+    cluster.settle()
+    cluster.held.clear()
+    state = cluster.lifts[1].state
+    assert state.round > 0
+    del cluster.lifts[2], cluster.lifts[3]
+    cluster.install(1)
+    cluster.settle()
+    # Fenced(3) was recorded by 1 when its fence service said so, only its Done was still out.
+    assert "1 fence [2]" in cluster.told()
+
+
+def test_a_returned_incarnation_is_a_victim_even_if_it_was_never_seen_absent() -> None:
+    cluster = active(1, 2, 3)
+    cluster.lifts[3] = cluster.boot(3, 101)
+    cluster.install(1, 2, 3)
+    cluster.settle()
+    assert "1 fence [3]" in cluster.told()
+
+
+def test_obligations_survive_a_total_restart() -> None:
+    cluster = active(1, 2, 3)
+    states = {node: cluster.lifts[node].state for node in (1, 2)}
+    cluster.lifts = {node: cluster.boot(node, 200, states[node]) for node in (1, 2)}
+    cluster.install(1, 2)
+    cluster.settle()
+    assert "1 fence [1,2,3]" in cluster.told()
+
+
+def test_rounds_rise_over_a_total_restart() -> None:
+    cluster = active(1, 2)
+    cluster.join(1, "dlm:home", 1)
+    before = cluster.lifts[2].state.round
+    assert before >= 2
+    cluster.lifts = {2: cluster.boot(2, 200, cluster.lifts[2].state)}
+    cluster.install(2)
+    assert cluster.lifts[2].rounds == {}
+    cluster.settle()
+    assert cluster.lifts[2].state.round > before
+
+
+def test_a_participant_that_is_gone_fails_out_of_every_group() -> None:
+    cluster = active(1, 2)
+    gone = cluster.join(1, "dlm:home", 1)
+    cluster.join(2, "dlm:home", 1)
+    cluster.told()
+    cluster.step(1, LocalGone(gone))
+    cluster.settle()
+    assert "2 start dlm:home {2.1@1} failed [1.1@0]" in cluster.told()
+
+
+def test_a_clean_leave_is_not_a_failure_and_frees_the_slot() -> None:
+    cluster = active(1, 2)
+    leaver = cluster.join(1, "dlm:home", 1)
+    cluster.join(2, "dlm:home", 1)
+    cluster.told()
+    cluster.step(1, LocalLeave(leaver, "dlm:home"))
+    cluster.settle()
+    story = cluster.told()
+    assert "2 start dlm:home {2.1@1} failed []" in story
+    assert "1 left dlm:home" in story
+    cluster.join(1, "dlm:home", 1, serial=2)
+    assert "1 start dlm:home {1.2@0,2.1@1} failed []" in cluster.told()
+
+
+def test_a_slot_is_given_out_again_only_when_its_failure_is_recovered() -> None:
+    cluster = active(1, 2)
+    gone = cluster.join(1, "gfs:home", 2, slots=2)
+    cluster.join(2, "gfs:home", 2, slots=2)
+    cluster.held.add("gfs:home")
+    cluster.step(1, LocalGone(gone))
+    cluster.settle()
+    cluster.told()
+    cluster.join(1, "gfs:home", 2, serial=2, slots=2)
+    assert "1 refused all 2 slots of gfs:home are taken; add a journal first" in cluster.told()
+
+
+def test_a_broken_session_makes_a_new_round_with_the_same_members() -> None:
+    cluster = active(1, 2)
+    one, two = cluster.join(1, "dlm:home", 1), cluster.join(2, "dlm:home", 1)
+    before = cluster.lifts[1].rounds["dlm:home"].id
+    cluster.told()
+    cluster.step(2, LocalReach(two, "dlm:home", one, down=True))
+    cluster.settle()
+    assert "1 start dlm:home {1.1@0,2.1@1} failed []" in cluster.told()
+    assert cluster.lifts[1].rounds["dlm:home"].id > before
+
+
+def test_of_two_that_cannot_talk_the_higher_is_evicted_once() -> None:
+    cluster = active(1, 2)
+    one, two = cluster.join(1, "dlm:home", 1), cluster.join(2, "dlm:home", 1)
+    cluster.step(2, LocalReach(two, "dlm:home", one, down=True))
+    cluster.step(1, LocalReach(one, "dlm:home", two, down=True))
+    cluster.settle()
+    cluster.told()
+    assert cluster.lifts[1].deadline == RECOVER
+    cluster.now = RECOVER
+    from corral.base.engine import TICK
+
+    cluster.step(1, TICK)
+    cluster.settle()
+    assert [line for line in cluster.told() if "evict" in line] == [
+        "2 evict 2.1: it and 1.1 of dlm:home could not talk for 2 s"
+    ]
+
+
+def test_a_join_while_a_round_finishes_is_counted_from_that_round() -> None:
+    cluster = active(1, 2)
+    cluster.join(1, "dlm:home", 1)
+    cluster.held.add("dlm:home")
+    cluster.join(2, "dlm:home", 1)
+    cluster.held.clear()
+    cluster.told()
+    waiting, cluster.waiting = cluster.waiting, []
+    for node, event in waiting:
+        cluster.step(node, event)
+    cluster.join(2, "dlm:home", 1, serial=2)
+    group = cluster.lifts[1].groups["dlm:home"]
+    assert group == cluster.lifts[2].groups["dlm:home"]
+    assert len(group.baseline) == 3
