@@ -607,7 +607,9 @@ class LiftEngine:
         if not message.down:
             self._unreachable.pop(key, None)
             return
-        self._unreachable.setdefault(key, now)
+        if key in self._unreachable:
+            return  # told again, in the round that the first telling began
+        self._unreachable[key] = now
         self._arm()
         # Even with the same members a broken session means a new round (DESIGN 4): what was under way in it is lost.
         self._change(group)

@@ -1,0 +1,182 @@
+"""What travels over corrald's Unix socket, and over its lock service's (docs/format/ipc.md).
+
+Whole messages, each one msgspec array with an integer tag. Tags below 32 are spoken to corrald, 32 and up by it; lock
+service messages start at 64. Tags and fields are append-only.
+"""
+
+from typing import Any, Final
+
+import msgspec
+
+from corral.api.cman import Peer
+from corral.api.dlm import Completion, Request
+from corral.base.ids import MemberId
+from corral.base.view import Round, View
+from corral.wire.codec import Codec
+
+IPC_VERSION: Final = 1
+PARTICIPANT: Final = "participant"
+CLIENT: Final = "client"
+
+
+# --- to corrald ------------------------------------------------------------------------------------------------------
+
+
+class Attach(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=1):
+    """First message. `role`: PARTICIPANT (gets a serial and a line of the page) or CLIENT. `purpose` is for humans."""
+
+    version: int
+    role: str
+    purpose: str = ""
+
+
+class Register(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2):
+    group: str
+    level: int
+    slots: int
+    address: str
+    ticket: bytes
+
+
+class Deregister(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=3):
+    group: str
+
+
+class StartDone(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=4):
+    group: str
+    round: int
+
+
+class Reach(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=5):
+    group: str
+    peer: MemberId
+    down: bool
+
+
+class Ask(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=6):
+    """A question or command of a person: answered by one `Answer` with the same id."""
+
+    id: int
+    what: str
+    arguments: dict[str, Any] = {}
+
+
+class Watch(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=7):
+    """From now on send `ViewNow` whenever it changes (and at once)."""
+
+
+ToCorrald = Attach | Register | Deregister | StartDone | Reach | Ask | Watch
+TO_CORRALD: Codec[ToCorrald] = Codec((Attach, Register, Deregister, StartDone, Reach, Ask, Watch))
+
+
+# --- from corrald ----------------------------------------------------------------------------------------------------
+
+
+class Attached(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=32):
+    me: MemberId  # a client gets corrald's own
+    cluster: str
+    page: str
+    page_slot: int
+    lock_socket: str
+    host: str  # where this node's members listen
+    detect_ns: int
+    recover_ns: int
+
+
+class StopGroups(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=33):
+    """Stop these, in this order; empty: all, from the top."""
+
+    groups: tuple[str, ...]
+
+
+class StartRound(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=34):
+    round: Round
+    number: int
+    peers: tuple[Peer, ...]
+
+
+class FinishRound(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=35):
+    group: str
+    round: int
+
+
+class JoinRefused(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=36):
+    group: str
+    reason: str
+
+
+class LeftGroup(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=37):
+    group: str
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=38):
+    """`error` empty: it was done, `body` is the result; else one sentence with cause and next step."""
+
+    id: int
+    error: str
+    body: Any = None
+
+
+class ViewNow(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=39):
+    view: View | None
+    active: bool
+
+
+class Refusal(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=40):
+    """corrald closes the connection after this."""
+
+    reason: str
+
+
+FromCorrald = Attached | StopGroups | StartRound | FinishRound | JoinRefused | LeftGroup | Answer | ViewNow | Refusal
+FROM_CORRALD: Codec[FromCorrald] = Codec(
+    (Attached, StopGroups, StartRound, FinishRound, JoinRefused, LeftGroup, Answer, ViewNow, Refusal)
+)
+
+
+# --- lock service ----------------------------------------------------------------------------------------------------
+
+
+class OpenSpace(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=64):
+    space: int  # the client's own number for it
+    name: str
+    value_size: int
+
+
+class SubmitBatch(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=65):
+    """Each request with the client's handle for it; `lock` of a request is such a handle too."""
+
+    space: int
+    requests: list[tuple[int, Request]]
+
+
+class CloseSpace(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=66):
+    space: int
+
+
+class Opened(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=80):
+    space: int
+    error: str
+
+
+class CompletedBatch(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=81):
+    space: int
+    completions: list[tuple[int, Completion]]
+
+
+class BlockingBatch(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=82):
+    space: int
+    blocked: list[tuple[int, int]]
+
+
+class SpaceLost(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=83):
+    """Every lock of this space is lost for good (state `lost`), or suspended / valid again."""
+
+    space: int
+    state: str
+
+
+ToLockService = OpenSpace | SubmitBatch | CloseSpace
+TO_LOCK_SERVICE: Codec[ToLockService] = Codec((OpenSpace, SubmitBatch, CloseSpace))
+FromLockService = Opened | CompletedBatch | BlockingBatch | SpaceLost
+FROM_LOCK_SERVICE: Codec[FromLockService] = Codec((Opened, CompletedBatch, BlockingBatch, SpaceLost))

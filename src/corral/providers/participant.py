@@ -1,0 +1,370 @@
+"""A participant: a process of this node that takes part in service groups itself (DESIGN 4).
+
+It attaches to corrald over the Unix socket, opens a comm endpoint of its own, registers services, and is told when to
+stop, start and finish. Its peers are the other members of its groups, which it reaches directly.
+
+A round is started here once there is a session to every other member. A session that breaks is reported to corrald; the
+coordinator then begins a new round of that group, in which engines send again whatever they have no answer to.
+
+When corrald's socket breaks the participant freezes at once and is lost for good: it never attaches to another
+incarnation (the owner of the process ends it at `lost`).
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, Protocol, final
+
+from corral.api.cman import Peer, Recoverable
+from corral.api.comm import Comm, PeerDown, PeerUp
+from corral.base.errors import ClusterError, NotMember, PeerError
+from corral.base.ids import MemberId
+from corral.base.time import Instant, Nanoseconds
+from corral.base.view import Round, View
+from corral.base.world import Connection, World
+from corral.providers.ipc_wire import (
+    FROM_CORRALD,
+    IPC_VERSION,
+    PARTICIPANT,
+    TO_CORRALD,
+    Answer,
+    Attach,
+    Attached,
+    Deregister,
+    FinishRound,
+    FromCorrald,
+    JoinRefused,
+    LeftGroup,
+    Reach,
+    Refusal,
+    Register,
+    StartDone,
+    StartRound,
+    StopGroups,
+    ToCorrald,
+    ViewNow,
+)
+from corral.providers.page import PAGE_SIZE, PageReader
+
+TICKET_SIZE: Final = 32
+
+
+class Endpoint(Comm, Protocol):
+    """The comm provider a participant opens for itself."""
+
+    async def open(self, address: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+MakeEndpoint = Callable[[World, MemberId, str, Nanoseconds], Endpoint]
+"""(world, me, cluster name, detect) -> an endpoint that is not open yet."""
+
+
+@final
+class _Membership:
+    """One group this participant is in or wants to be in."""
+
+    __slots__ = (
+        "joined",
+        "left",
+        "level",
+        "name",
+        "number",
+        "peers",
+        "reported",
+        "round",
+        "service",
+        "started",
+        "task",
+    )
+
+    def __init__(self, name: str, level: int, service: Recoverable, joined: "asyncio.Future[None]") -> None:
+        self.name = name
+        self.level = level
+        self.service = service
+        self.joined = joined
+        self.left: asyncio.Future[None] | None = None
+        self.number = 0
+        self.round: Round | None = None
+        self.peers: dict[MemberId, Peer] = {}
+        self.task: asyncio.Task[None] | None = None
+        self.started = False
+        self.reported: set[MemberId] = set()
+
+
+@final
+class Participant:
+    """Implements `api.cman.Membership` for one process, on the event loop that opened it."""
+
+    def __init__(
+        self, world: World, socket: str, enlistment: str, make_endpoint: MakeEndpoint, *, purpose: str
+    ) -> None:
+        self._world = world
+        self._socket = socket
+        self._enlistment_path = enlistment
+        self._make_endpoint = make_endpoint
+        self._purpose = purpose
+        self._connection: Connection | None = None
+        self._attached: asyncio.Future[Attached] = world.future()
+        self._groups: dict[str, _Membership] = {}
+        self._sessions: set[MemberId] = set()
+        self._known: set[MemberId] = set()  # peers given to comm
+        self._session_changed: asyncio.Event = asyncio.Event()
+        self._page: PageReader | None = None
+        self._view: View | None = None
+        self._active = False
+        self._closing = False
+        self._ticket = world.random_bytes(TICKET_SIZE)
+        self.comm: Endpoint
+        self.identity: Attached
+        self.lost: asyncio.Future[str] = world.future()
+        """Resolves with the reason when this participant may never act again."""
+
+    # -- opening and closing
+
+    async def open(self) -> None:
+        """Raises ClusterError when corrald is not there or refuses."""
+        self._enlistment = await self._world.process.enlist(self._enlistment_path)
+        try:
+            self._connection = await self._world.local.connect(self._socket, self)
+        except OSError as error:
+            self._enlistment.release()
+            raise ClusterError(
+                f"no corrald answers at {self._socket} ({error.strerror or error}); start it, or name another socket"
+            ) from None
+        self._tell(Attach(IPC_VERSION, PARTICIPANT, self._purpose))
+        self.identity = await self._attached
+        self._page = PageReader(self._world.page(self.identity.page, PAGE_SIZE, create=False), self.identity.page_slot)
+        self.comm = self._make_endpoint(self._world, self.identity.me, self.identity.cluster, self.identity.detect_ns)
+        await self.comm.open(f"{self.identity.host}:0")
+        self.comm.watch(self._session)
+        self._tick()
+
+    def close(self) -> None:
+        """Leaves without ceremony: call `leave` on the groups first, else this counts as a failure."""
+        self._closing = True
+        for group in self._groups.values():
+            if group.task is not None:
+                group.task.cancel()
+        if self._connection is not None:
+            self._connection.close()
+        if hasattr(self, "comm"):
+            self.comm.close()
+        if hasattr(self, "_enlistment"):
+            self._enlistment.release()
+
+    def _tick(self) -> None:
+        if self._page is not None and not self._closing and not self.lost.done():
+            starting = [group for group in self._groups.values() if group.task is not None and not group.started]
+            self._page.tick(blocked=any(self._blocked(group) for group in starting))
+            self._world.call_at(self._world.now() + self.identity.detect_ns // 4, self._tick)
+
+    def _blocked(self, group: _Membership) -> bool:
+        """Whether the start of this group waits for other members, so that its length is not this process's fault."""
+        if set(group.peers) - self._sessions:
+            return True
+        blocked_by = getattr(group.service, "blocked_by", None)
+        return bool(blocked_by is not None and blocked_by())
+
+    # -- what services ask
+
+    @property
+    def me(self) -> MemberId:
+        return self.identity.me
+
+    @property
+    def view(self) -> View | None:
+        return self._view
+
+    @property
+    def active(self) -> bool:
+        return self._active
+
+    def lease_until(self) -> Instant:
+        """Up to when this process may act; 0 when frozen or lost."""
+        if self._page is None or self.lost.done():
+            return 0
+        return self._page.lease_until()
+
+    def may_act(self) -> bool:
+        return self._world.now() < self.lease_until()
+
+    async def register(self, group: str, level: int, service: Recoverable, *, slots: int = 4096) -> None:
+        if group in self._groups:
+            raise ClusterError(f"this process is already in group {group}; leave it first")
+        if self.lost.done():
+            raise NotMember(self.lost.result())
+        joined: asyncio.Future[None] = self._world.future()
+        self._groups[group] = _Membership(group, level, service, joined)
+        self._tell(Register(group, level, slots, self.comm.address, self._ticket))
+        try:
+            await joined
+        except BaseException:
+            if self._groups.pop(group, None) is not None and not self.lost.done():
+                self._tell(Deregister(group))
+            raise
+
+    async def leave(self, group: str) -> None:
+        membership = self._groups.get(group)
+        if membership is None or self.lost.done():
+            return
+        self._stop(membership)
+        if membership.left is None:
+            membership.left = self._world.future()
+            self._tell(Deregister(group))
+        await membership.left
+
+    def number_of(self, group: str) -> int:
+        """The group's port."""
+        return self._groups[group].number
+
+    # -- corrald speaks
+
+    def received(self, messages: list[bytes]) -> None:
+        for payload in messages:
+            try:
+                message = FROM_CORRALD.decode(payload)
+            except PeerError as error:
+                self._lose(
+                    f"corrald sent what this version does not understand ({error}); use the same version of both"
+                )
+                return
+            self._handle(message)
+
+    def broken(self, reason: str) -> None:
+        if not self._closing:
+            self._lose(f"the connection to corrald broke ({reason}): this process may not act any more")
+
+    def _tell(self, message: ToCorrald) -> None:
+        if self._connection is not None:
+            self._connection.send([TO_CORRALD.encode(message)])
+
+    def _handle(self, message: FromCorrald) -> None:
+        if isinstance(message, StartRound):
+            self._start(message)
+        elif isinstance(message, FinishRound):
+            self._finish(message)
+        elif isinstance(message, StopGroups):
+            self._stop_groups(message.groups)
+        elif isinstance(message, ViewNow):
+            self._view, self._active = message.view, message.active
+        elif isinstance(message, Attached):
+            if not self._attached.done():
+                self._attached.set_result(message)
+        elif isinstance(message, JoinRefused):
+            refused = self._groups.pop(message.group, None)
+            if refused is not None and not refused.joined.done():
+                refused.joined.set_exception(ClusterError(f"cannot join {message.group}: {message.reason}"))
+        elif isinstance(message, LeftGroup):
+            left = self._groups.pop(message.group, None)
+            if left is not None and left.left is not None and not left.left.done():
+                left.left.set_result(None)
+            self._forget_strangers()
+        elif isinstance(message, Refusal):
+            self._lose(message.reason)
+        else:
+            assert isinstance(message, Answer)  # participants ask nothing
+
+    def _lose(self, reason: str) -> None:
+        if self.lost.done():
+            return
+        self.lost.set_result(reason)
+        self._stop_groups(())
+        if not self._attached.done():
+            self._attached.set_exception(ClusterError(reason))
+        for group in self._groups.values():
+            for future in (group.joined, group.left):
+                if future is not None and not future.done():
+                    future.set_exception(NotMember(reason))
+
+    # -- rounds
+
+    def _stop(self, group: _Membership) -> None:
+        if group.task is not None:
+            group.task.cancel()
+            group.task = None
+        group.started = False
+        group.service.stop()
+
+    def _stop_groups(self, names: tuple[str, ...]) -> None:
+        chosen = names or sorted(self._groups, key=lambda name: (-self._groups[name].level, name))
+        for name in chosen:
+            group = self._groups.get(name)
+            if group is not None:
+                self._stop(group)
+
+    def _start(self, message: StartRound) -> None:
+        group = self._groups.get(message.round.group)
+        if group is None or self.lost.done():
+            return
+        self._stop(group)
+        group.round = message.round
+        group.number = message.number
+        group.peers = {peer.member: peer for peer in message.peers if peer.member != self.me}
+        for peer in group.peers.values():
+            self.comm.set_peer(peer.member, peer.address, peer.ticket)
+        self._forget_strangers()
+        group.reported &= self._sessions  # who is still out of reach is reported anew: the coordinator may be new
+        group.task = self._world.spawn(self._run(group, message.round), f"start {group.name} round {message.round.id}")
+
+    async def _run(self, group: _Membership, round: Round) -> None:
+        await self._wait_sessions(group)
+        await group.service.start(round)
+        group.started = True
+        self._tell(StartDone(group.name, round.id))
+
+    async def _wait_sessions(self, group: _Membership) -> None:
+        """Until every peer of the group can be reached; after `detect` those who cannot are reported."""
+        patience = self._world.now() + self.identity.detect_ns
+        while missing := sorted(set(group.peers) - self._sessions):
+            if self._world.now() >= patience:
+                for member in missing:
+                    self._report(group, member)
+            self._session_changed.clear()
+            wake = self._world.call_at(
+                max(patience, self._world.now() + self.identity.detect_ns), self._session_changed.set
+            )
+            try:
+                await self._session_changed.wait()
+            finally:
+                wake.cancel()
+
+    def _finish(self, message: FinishRound) -> None:
+        group = self._groups.get(message.group)
+        if group is None or group.round is None or group.round.id != message.round or not group.started:
+            return
+        group.service.finish(group.round)
+        if not group.joined.done():
+            group.joined.set_result(None)
+
+    # -- sessions
+
+    def _session(self, change: PeerUp | PeerDown) -> None:
+        if isinstance(change, PeerUp):
+            self._sessions.add(change.peer)
+        else:
+            self._sessions.discard(change.peer)
+        self._session_changed.set()
+        for name in sorted(self._groups):
+            group = self._groups[name]
+            if change.peer not in group.peers:
+                continue
+            if isinstance(change, PeerDown):
+                self._report(group, change.peer)
+            elif change.peer in group.reported:
+                group.reported.discard(change.peer)
+                self._tell(Reach(group.name, change.peer, False))
+
+    def _report(self, group: _Membership, peer: MemberId) -> None:
+        if peer not in group.reported:
+            group.reported.add(peer)
+            self._tell(Reach(group.name, peer, True))
+
+    def _forget_strangers(self) -> None:
+        """Sessions to processes that share no group with this one any more are given up."""
+        wanted = {member for group in self._groups.values() for member in group.peers}
+        for member in sorted(self._known - wanted):
+            self.comm.drop_peer(member)
+        self._known = wanted
+        for group in self._groups.values():
+            group.reported &= set(group.peers)
