@@ -491,7 +491,7 @@ class LiftEngine:
             group=FENCE_GROUP,
             members=members,
             failed=failed,
-            joined=(),
+            joined=tuple(m.corrald() for m in view.members if m not in self._state.active_members),
             left=tuple(node.corrald() for node in sorted(event.left)),
         )
         clean = tuple(m for m in view.members if m in event.attachments and event.attachments[m].clean)
