@@ -44,6 +44,7 @@ PORT_FENCE: Final = 3
 PORT_GROUP: Final = 4
 PORT_EVENT: Final = 5
 GROUP_PORT_MIN: Final = 64
+USER_PORT_MIN: Final = 49152  # from here on a full queue is the sender's business: Busy instead of a broken session
 PORT_MAX: Final = 65535
 
 
