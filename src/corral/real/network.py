@@ -1,0 +1,476 @@
+"""Mutual TLS 1.3 connections and UDP datagrams (World.network; DESIGN 5, comm).
+
+A connection exists for its owner only when both sides have shown a certificate of the cluster's CA that names a node of
+this cluster, and the listening side's owner took it (stream.GREETING). There is no mode without TLS. Strangers cost
+little: handshakes have a time limit and a bound (the oldest one gives way), failures are counted and logged once per
+source and minute. Datagrams are plain: comm authenticates them with its session keys.
+"""
+
+import asyncio
+import errno
+import logging
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any, Final, cast, final
+
+from corral.base.ids import NodeId
+from corral.base.time import Instant
+from corral.base.world import Connection, ConnectionHandler, DatagramSocket, Listener
+from corral.real import address as addresses
+from corral.real.complaints import Complaints
+from corral.real.pki import Credentials, names_of
+from corral.real.stream import GREETING, LINGER_SECONDS, Fatal, Stream
+
+HANDSHAKE_SECONDS: Final = 5.0  # connect included
+HALF_OPEN_MAX: Final = 64  # handshakes under way on one listener; each costs about 300 KiB
+CONNECTIONS_MAX: Final = 1024  # of authenticated peers on one listener
+ACCEPT_BATCH: Final = 16  # connections taken in one loop turn
+BACKLOG: Final = 128
+ACCEPT_PAUSE_SECONDS: Final = 0.5  # after accept failed for lack of descriptors
+USER_TIMEOUT_MS: Final = 15_000  # unacknowledged data for so long breaks a connection (comm's detection is faster)
+KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+DATAGRAM_MAX: Final = 65_507
+DATAGRAM_BATCH: Final = 64  # received in one loop turn
+NAMES_MAX: Final = 512  # resolved datagram addresses remembered
+NAME_SECONDS: Final = 60.0  # how long a resolved host name is believed
+
+log = logging.getLogger("corral.network")
+
+
+@final
+class Counters:
+    """What the network met that its owner never saw."""
+
+    __slots__ = (
+        "accepts_failed",
+        "connections_refused",
+        "datagrams_dropped",
+        "half_open_dropped",
+        "handshakes_failed",
+        "strangers",
+    )
+
+    def __init__(self) -> None:
+        self.handshakes_failed = 0  # no valid certificate, not TLS, too slow
+        self.strangers = 0  # a certificate of our CA that does not name a node of this cluster
+        self.half_open_dropped = 0  # gave way to a newer handshake
+        self.connections_refused = 0  # over CONNECTIONS_MAX
+        self.accepts_failed = 0
+        self.datagrams_dropped = 0  # could not be sent at once
+
+
+@final
+class RealNetwork:
+    """`credentials` None: datagrams only; listen and connect raise."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        credentials: Credentials | None,
+        now: Callable[[], Instant],
+        fatal: Fatal,
+    ) -> None:
+        self.counters: Final = Counters()
+        self._loop = loop
+        self._credentials = credentials
+        self._now = now
+        self._fatal = fatal
+        self._complaints = Complaints(log)
+        self._streams: set[Stream] = set()
+        self._open: set[TlsListener | RealDatagrams] = set()
+
+    def _need_credentials(self) -> Credentials:
+        if self._credentials is None:
+            raise OSError(errno.ENOKEY, "this process has no certificate, so it can neither listen nor connect")
+        return self._credentials
+
+    # --- connections ------------------------------------------------------------------------------------------------
+
+    async def listen(self, address: str, accept: Callable[[Connection], ConnectionHandler]) -> Listener:
+        credentials = self._need_credentials()
+        sock = await self._bound(address, socket.SOCK_STREAM)
+        sock.listen(BACKLOG)
+        listener = TlsListener(self, sock, credentials, accept)
+        self._open.add(listener)
+        return listener
+
+    async def connect(self, address: str, node: NodeId, handler: ConnectionHandler) -> Connection:
+        credentials = self._need_credentials()
+        stream = Stream(self._loop, self._fatal, self._streams)
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                sock = await self._connected(address)
+                await self._secure(sock, stream, credentials.client_context, server_side=False)
+                certified = self._identity(stream)
+                if certified != node:
+                    raise ConnectionAbortedError(
+                        errno.ECONNABORTED,
+                        f"{address} is {_named(certified)}, not node {node}: check the addresses in the configuration",
+                    )
+                greeting = await stream.greeting()
+                if greeting != GREETING:
+                    raise ConnectionAbortedError(errno.ECONNABORTED, f"{address} does not speak corral's protocol")
+        except TimeoutError:
+            stream.refuse("timed out")
+            raise TimeoutError(
+                errno.ETIMEDOUT, f"{address} did not answer within {HANDSHAKE_SECONDS:g} s: is it reachable?"
+            ) from None
+        except BaseException as error:
+            stream.refuse("not connected")
+            if isinstance(error, ssl.SSLError):
+                raise _tls_error(address, error) from None
+            raise
+        stream.node = node
+        stream.open(handler)
+        return stream
+
+    async def _connected(self, address: str) -> socket.socket:
+        """A TCP connection to the first of the host's addresses that answers. ConnectionRefusedError: none listens."""
+        host, port = addresses.parse(address)
+        found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        errors: list[OSError] = []
+        for family, kind, protocol, _, name in found:
+            sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
+            try:
+                _tune(sock)
+                await self._loop.sock_connect(sock, name)
+            except OSError as error:
+                sock.close()
+                errors.append(error)
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                return sock
+        for failure in errors:
+            if not isinstance(failure, ConnectionRefusedError):
+                raise OSError(failure.errno, f"{address}: {failure.strerror or failure}")
+        raise ConnectionRefusedError(errno.ECONNREFUSED, f"nobody listens on {address}")
+
+    async def _secure(self, sock: socket.socket, stream: Stream, context: ssl.SSLContext, *, server_side: bool) -> None:
+        """The TLS handshake. We keep the TCP transport below because only it knows what has not left yet."""
+        loop = self._loop
+        try:
+            if server_side:
+                under, _ = await loop.connect_accepted_socket(_Plain, sock)
+            else:
+                under, _ = await loop.create_connection(_Plain, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+        try:
+            transport = await loop.start_tls(
+                under,
+                stream,
+                context,
+                server_side=server_side,
+                server_hostname=None if server_side else "",
+                ssl_handshake_timeout=HANDSHAKE_SECONDS,
+                ssl_shutdown_timeout=LINGER_SECONDS,
+            )
+        except BaseException:
+            under.abort()
+            raise
+        if transport is None:
+            raise ConnectionAbortedError(errno.ECONNABORTED, "closed during the handshake")
+        stream.attach(transport, under)
+
+    def _identity(self, stream: Stream) -> NodeId | None:
+        """The node of our cluster that the peer's certificate names."""
+        certificate: dict[str, Any] | None = stream.extra("peercert")
+        names = names_of(certificate) if certificate else None
+        if names is None or names[0] != self._need_credentials().cluster:
+            return None
+        return names[1]
+
+    # --- datagrams --------------------------------------------------------------------------------------------------
+
+    async def datagrams(self, address: str, deliver: Callable[[str, bytes], None]) -> DatagramSocket:
+        sock = await self._bound(address, socket.SOCK_DGRAM)
+        datagrams = RealDatagrams(self, sock, deliver)
+        self._open.add(datagrams)
+        return datagrams
+
+    async def _bound(self, address: str, kind: socket.SocketKind) -> socket.socket:
+        host, port = addresses.parse(address)
+        found = await self._loop.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
+        family, _, protocol, _, name = found[0]
+        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
+        try:
+            if kind == socket.SOCK_STREAM:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(name)
+        except OSError as error:
+            sock.close()
+            raise OSError(error.errno, f"cannot listen on {address}: {error.strerror}") from None
+        return sock
+
+    # --- end --------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Listeners and datagram sockets at once; connections send what they can and break."""
+        for item in list(self._open):
+            item.close()
+        for stream in list(self._streams):
+            stream.close()
+
+    @property
+    def open_streams(self) -> "set[Stream]":
+        return self._streams
+
+    def abort(self) -> None:
+        for stream in list(self._streams):
+            stream.drop()
+
+
+@final
+class _Plain(asyncio.Protocol):
+    """Holds the TCP transport still until TLS takes it over: no byte of the handshake may be read before."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).pause_reading()
+
+
+@final
+class TlsListener:
+    """Accepts, bounds the handshakes under way, and hands over those who prove to be nodes of this cluster."""
+
+    def __init__(
+        self,
+        network: RealNetwork,
+        sock: socket.socket,
+        credentials: Credentials,
+        accept: Callable[[Connection], ConnectionHandler],
+    ) -> None:
+        self._network = network
+        self._loop = network._loop
+        self._sock = sock
+        self._credentials = credentials
+        self._accept = accept
+        self._half_open: dict[asyncio.Task[None], str] = {}  # oldest first → its host
+        self._address = addresses.unparse(sock.getsockname())
+        self._closed = False
+        self._loop.add_reader(sock.fileno(), self._acceptable)
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._network._open.discard(self)
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        for task in self._half_open:
+            task.cancel()
+
+    def _acceptable(self) -> None:
+        for _ in range(ACCEPT_BATCH):
+            try:
+                sock, name = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:  # no descriptors or no memory: the backlog keeps them meanwhile
+                self._pause(error)
+                return
+            self._begin(sock, name[0])
+
+    def _pause(self, error: OSError) -> None:
+        network = self._network
+        network.counters.accepts_failed += 1
+        network._complaints.about(
+            network._now(),
+            "accept",
+            f"cannot accept connections on {self._address}: {error.strerror}; raise the limit of open files",
+        )
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.call_later(ACCEPT_PAUSE_SECONDS, self._resume)
+
+    def _resume(self) -> None:
+        if not self._closed:
+            self._loop.add_reader(self._sock.fileno(), self._acceptable)
+
+    def _begin(self, sock: socket.socket, host: str) -> None:
+        sock.setblocking(False)
+        network = self._network
+        if len(network._streams) >= CONNECTIONS_MAX:
+            network.counters.connections_refused += 1
+            sock.close()
+            return
+        if len(self._half_open) >= HALF_OPEN_MAX:
+            # An honest handshake takes milliseconds, so the oldest is the likeliest to be somebody holding a place.
+            oldest = next(iter(self._half_open))
+            source = self._half_open.pop(oldest)
+            oldest.cancel()
+            network.counters.half_open_dropped += 1
+            self._complain(source, f"{source} holds unfinished handshakes on {self._address}; the oldest gives way")
+        task = self._loop.create_task(self._handshake(sock, host), name=f"handshake with {host}")
+        self._half_open[task] = host
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._half_open.pop(task, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._network._fatal(error, "accepting a connection")
+
+    async def _handshake(self, sock: socket.socket, host: str) -> None:
+        network = self._network
+        stream = Stream(self._loop, network._fatal, network._streams)
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                _tune(sock)
+                await network._secure(sock, stream, self._credentials.server_context, server_side=True)
+        except OSError as error:  # ssl.SSLError, a time-out and a broken connection are all OSErrors
+            network.counters.handshakes_failed += 1
+            self._complain(host, f"{host} failed to authenticate to {self._address}: {_why(error)}")
+            return
+        except asyncio.CancelledError:
+            sock.close()
+            raise
+        node = network._identity(stream)
+        if node is None:
+            network.counters.strangers += 1
+            stream.refuse("its certificate names another cluster")
+            self._complain(
+                host,
+                f"{host} showed a certificate of our CA that does not name a node of cluster "
+                f"{self._credentials.cluster!r}: give it one made for this cluster",
+            )
+            return
+        stream.node = node
+        if self._closed:
+            stream.refuse("no longer listening")
+            return
+        stream.accept(self._accept(stream))
+
+    def _complain(self, source: str, sentence: str) -> None:
+        self._network._complaints.about(self._network._now(), source, sentence)
+
+
+@final
+class RealDatagrams:
+    """A UDP socket read and written directly: a transport in between would only add queues."""
+
+    def __init__(self, network: RealNetwork, sock: socket.socket, deliver: Callable[[str, bytes], None]) -> None:
+        self._network = network
+        self._loop = network._loop
+        self._sock = sock
+        self._deliver = deliver
+        self._address = addresses.unparse(sock.getsockname())
+        self._names: dict[str, Any] = {}  # address as text → socket address; None while it is being resolved
+        self._texts: dict[Any, str] = {}  # socket address → text
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def send(self, address: str, payload: bytes) -> None:
+        if self._closed:
+            return
+        name = self._names.get(address)
+        if name is None and (name := self._name(address)) is None:
+            self._network.counters.datagrams_dropped += 1
+            return
+        try:
+            self._sock.sendto(payload, name)
+        except OSError:  # buffer full, unreachable, too long, a peer's port is closed: all are loss
+            self._network.counters.datagrams_dropped += 1
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._network._open.discard(self)
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        for task in self._tasks:
+            task.cancel()
+
+    def _readable(self) -> None:
+        for _ in range(DATAGRAM_BATCH):
+            try:
+                payload, name = self._sock.recvfrom(DATAGRAM_MAX)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:  # an ICMP error for something sent earlier
+                continue
+            text = self._texts.get(name)
+            if text is None:
+                if len(self._texts) >= NAMES_MAX:
+                    self._texts.clear()
+                text = self._texts[name] = addresses.unparse(name)
+            try:
+                self._deliver(text, payload)
+            except Exception as error:
+                self._network._fatal(error, "delivery of a datagram")
+            if self._closed:
+                return
+
+    def _name(self, address: str) -> Any:
+        """Numeric addresses at once; a host name is looked up aside, and what is sent meanwhile is lost."""
+        try:
+            host, port = addresses.parse(address)
+        except ValueError:
+            return None
+        if address in self._names:
+            return None  # being resolved
+        if len(self._names) >= NAMES_MAX:
+            self._names.clear()
+        try:
+            found = socket.getaddrinfo(host, port, self._sock.family, socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
+        except OSError:
+            self._names[address] = None
+            task = self._loop.create_task(self._resolve(address, host, port))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return None
+        name = self._names[address] = found[0][4]
+        return name
+
+    async def _resolve(self, address: str, host: str, port: int) -> None:
+        try:
+            found = await self._loop.getaddrinfo(host, port, family=self._sock.family, type=socket.SOCK_DGRAM)
+            self._names[address] = found[0][4]
+        except OSError as error:
+            self._network._complaints.about(
+                self._network._now(), host, f"host {host!r} cannot be resolved: {error.strerror}; check the address"
+            )
+        self._loop.call_later(NAME_SECONDS, self._names.pop, address, None)
+
+
+def _tune(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+    for option, value in KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _named(node: NodeId | None) -> str:
+    return "not a node of this cluster" if node is None else f"node {node}"
+
+
+def _why(error: OSError) -> str:
+    """A failed handshake in the words of whoever must repair it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"{error.verify_message}; it needs a certificate made with this cluster's CA"
+    if isinstance(error, ssl.SSLError):
+        reason = (error.reason or str(error)).replace("_", " ").lower()
+        return f"{reason}; only nodes with a certificate of this cluster's CA may connect"
+    if isinstance(error, TimeoutError):
+        return f"no handshake within {HANDSHAKE_SECONDS:g} s"
+    return error.strerror or str(error) or "the connection broke"
+
+
+def _tls_error(address: str, error: ssl.SSLError) -> OSError:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        reason = f"its certificate is not from our cluster's CA ({error.verify_message})"
+    else:
+        reason = (error.reason or str(error)).replace("_", " ").lower()
+    return ConnectionAbortedError(errno.ECONNABORTED, f"{address} cannot be trusted: {reason}")
