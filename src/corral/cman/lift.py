@@ -68,16 +68,30 @@ class Promised:
 
 @final
 class Installed:
-    """A view, with what each member attached to its promise, and who left cleanly with it."""
+    """A view, with what each member attached to its promise. The same on every member.
 
-    __slots__ = ("attachments", "left", "view")
+    `accepted`: the newest active view any member knew and every quorate view accepted since; `first`: none was ever
+    active. `left`: who left cleanly since then. `unclean`: members whose rejoin averts no fence.
+    """
+
+    __slots__ = ("accepted", "attachments", "first", "left", "unclean", "view")
 
     def __init__(
-        self, view: View, attachments: dict[NodeIncarnation, Attachment], left: tuple[NodeIncarnation, ...] = ()
+        self,
+        view: View,
+        attachments: dict[NodeIncarnation, Attachment],
+        accepted: tuple[View, ...],
+        *,
+        first: bool,
+        left: tuple[NodeIncarnation, ...] = (),
+        unclean: tuple[NodeIncarnation, ...] = (),
     ) -> None:
         self.view = view
         self.attachments = attachments
+        self.accepted = accepted
+        self.first = first
         self.left = left
+        self.unclean = unclean
 
 
 @final
@@ -282,8 +296,6 @@ class LiftEngine:
         configured: tuple[NodeId, ...],
         recover_ns: Nanoseconds,
         state: LiftState,
-        *,
-        clean: bool,
     ) -> None:
         self.me: Final = me
         self.deadline: Instant = FOREVER
@@ -296,7 +308,6 @@ class LiftEngine:
         self._configured = configured
         self._recover_ns = recover_ns
         self._state = state
-        self._clean = clean
         self._table_view = ViewId(0, 0)
         self._table_sequence = 0
         self._last_number = GROUP_PORT_MIN - 1
@@ -311,6 +322,7 @@ class LiftEngine:
         # The coordinator's part.
         self._running: dict[str, _Running] = {}
         self._finished: dict[str, int] = {}  # group -> id of the round that finished in this view
+        self._members_since: set[NodeIncarnation] = set()  # of the newest active view and those accepted since
         self._unreachable: dict[tuple[str, MemberId, MemberId], Instant] = {}
         self._evicted: set[MemberId] = set()
         self._round_high = state.round
@@ -339,7 +351,6 @@ class LiftEngine:
     def attachment(self) -> Attachment:
         return Attachment(
             state=self._state,
-            clean=self._clean,
             process=self._process,
             table_view=self._table_view,
             table_sequence=self._table_sequence,
@@ -421,41 +432,27 @@ class LiftEngine:
             self.groups = {group.name: group for group in newest.table}
             self._table_view, self._table_sequence = newest.table_view, newest.table_sequence
             self._last_number = newest.last_number
-        states = [attachment.state for attachment in attachments]
-        self._round_high = max([self._state.round, *(state.round for state in states)])
+        states = [self._state, *(attachment.state for attachment in attachments)]
+        self._round_high = max(state.round for state in states)
         identities = _merge_identities(
-            [identity for state in (*states, self._state) for identity in state.identities]
+            [identity for state in states for identity in state.identities]
             + [Identity(member, (attachment.process,)) for member, attachment in sorted(event.attachments.items())]
         )
-        known = [state for state in (*states, self._state) if state.active is not None]
-        best = max(known, key=lambda state: state.active or ViewId(0, 0), default=None)
-        active, active_members = (best.active, best.active_members) if best is not None else (None, ())
-        floor = active.epoch if active is not None else 0
-        since: dict[NodeIncarnation, int] = {}
-        for state in (*states, self._state):
-            for node, epoch in state.since:
-                if epoch > floor and epoch > since.get(node, 0):
-                    since[node] = epoch
-        if view.quorate:
-            for member in view.members:
-                since[member] = view.id.epoch
-        fenced = {node for state in (*states, self._state) for node in state.fenced} | set(event.left)
-        owed = set(active_members) | set(since)
+        self._members_since = {member for accepted in event.accepted for member in accepted.members}
+        known = self._members_since | set(view.members)
+        fenced = {node for state in states for node in state.fenced} & known
         self._save(
             LiftState(
                 round=self._state.round,
-                active=active,
-                active_members=active_members,
-                since=tuple(sorted(since.items())),
-                fenced=tuple(sorted(fenced & owed)),
-                identities=_keep_identities(identities, owed),
+                fenced=tuple(sorted(fenced)),
+                identities=_keep_identities(identities, known),
             )
         )
 
-    def _owed(self) -> set[NodeIncarnation]:
-        """Every incarnation that may still act on what an active view gave it."""
-        state = self._state
-        return (set(state.active_members) | {node for node, _ in state.since}) - set(state.fenced)
+    def _owed(self, event: Installed) -> set[NodeIncarnation]:
+        """Every incarnation that may still act on what an active view gave it, and is not here."""
+        assert self.view is not None
+        return self._members_since - set(self._state.fenced) - set(event.left) - set(self.view.members)
 
     def _save(self, state: LiftState) -> None:
         assert state.round >= self._state.round, "LIFT-3"
@@ -483,23 +480,23 @@ class LiftEngine:
     def _begin_fence(self, event: Installed) -> None:
         assert self.view is not None
         view = self.view
-        here = set(view.members)
+        before = set(event.accepted[0].members) if event.accepted else set()
         members = tuple(Slotted(member.corrald(), slot) for slot, member in enumerate(view.members))
-        failed = tuple(Slotted(node.corrald(), 0) for node in sorted(self._owed() - here))
+        failed = tuple(Slotted(node.corrald(), 0) for node in sorted(self._owed(event)))
         round = Round(
             id=self._next_round(),
             group=FENCE_GROUP,
             members=members,
             failed=failed,
-            joined=tuple(m.corrald() for m in view.members if m not in self._state.active_members),
+            joined=tuple(m.corrald() for m in view.members if m not in before),
             left=tuple(node.corrald() for node in sorted(event.left)),
         )
-        clean = tuple(m for m in view.members if m in event.attachments and event.attachments[m].clean)
+        clean = tuple(m for m in view.members if m not in event.unclean)
         nodes = set(view.nodes)
         absent = tuple(node for node in self._configured if node not in nodes)
         self._running[FENCE_GROUP] = _Running(round, set(view.nodes))
         self._table_sequence = 0 if self._table_view != view.id else self._table_sequence
-        self._broadcast(Begin(view.id, 0, round, None, clean=clean, startup=self._state.active is None, absent=absent))
+        self._broadcast(Begin(view.id, 0, round, None, clean=clean, startup=event.first, absent=absent))
 
     def _change(self, group: Group) -> None:
         """Puts a changed group into the table; its round follows by `_advance`."""
@@ -734,7 +731,7 @@ class LiftEngine:
             Identity(NodeIncarnation(e.member.node, e.member.incarnation), (e.process,)) for e in group.members
         ]
         identities = _merge_identities([*self._state.identities, *announced])
-        kept = _keep_identities(identities, self._owed() | {entry.node for entry in announced})
+        kept = _keep_identities(identities, self._members_since | {entry.node for entry in announced})
         self._save(replace(self._state, round=max(self._state.round, round.id), identities=kept))
         self._settle(group, before)
         stops = tuple(above.name for above in self._stack_above(group))
@@ -801,16 +798,9 @@ class LiftEngine:
         assert self.view is not None
         view = self.view
         self.active = True
-        self._save(
-            replace(
-                self._state,
-                active=view.id,
-                active_members=view.members,
-                since=(),
-                fenced=(),
-                identities=_keep_identities(list(self._state.identities), set(view.members)),
-            )
-        )
+        self._members_since = set(view.members)
+        identities = _keep_identities(list(self._state.identities), self._members_since)
+        self._save(replace(self._state, fenced=(), identities=identities))
         self._ready.emit.append(ViewActive(view))
         if self.coordinating:
             here = frozenset(view.members)

@@ -92,13 +92,10 @@ class Identity(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class LiftState(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What one node keeps on disk. `since` holds each incarnation with the highest epoch of a view with it accepted
-    after `active`; `fenced` those of them that were fenced or left cleanly."""
+    """What one node keeps on disk: the highest round begun, and of the members of the newest active view and of those
+    accepted since, who was fenced or averted, and by which processes they would be recognised."""
 
     round: int = 0
-    active: ViewId | None = None
-    active_members: tuple[NodeIncarnation, ...] = ()
-    since: tuple[tuple[NodeIncarnation, int], ...] = ()
     fenced: tuple[NodeIncarnation, ...] = ()
     identities: tuple[Identity, ...] = ()
 
@@ -107,7 +104,6 @@ class Attachment(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a member says of itself in its promise. Every member of the new view gets all of them."""
 
     state: LiftState
-    clean: bool
     process: ProcessId
     table_view: ViewId
     table_sequence: int

@@ -81,6 +81,7 @@ class Attached(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=32):
     host: str  # where this node's members listen
     detect_ns: int
     recover_ns: int
+    cluster_uuid: bytes
 
 
 class StopGroups(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=33):

@@ -18,9 +18,10 @@ from corral.api.cman import Peer, Recoverable
 from corral.api.comm import Comm, PeerDown, PeerUp
 from corral.base.errors import ClusterError, NotMember, PeerError
 from corral.base.ids import MemberId
-from corral.base.time import Instant, Nanoseconds
+from corral.base.time import Instant
 from corral.base.view import Round, View
 from corral.base.world import Connection, World
+from corral.comm.gate import DELIVER, OVERFLOW, RoundGate
 from corral.providers.ipc_wire import (
     FROM_CORRALD,
     IPC_VERSION,
@@ -51,13 +52,25 @@ TICKET_SIZE: Final = 32
 class Endpoint(Comm, Protocol):
     """The comm provider a participant opens for itself."""
 
-    async def open(self, address: str) -> None: ...
+    async def start(self, address: str, *, datagrams: bool = True) -> None: ...
+
+    def listen_rest(self, deliver: Callable[[MemberId, int, int, list[bytes]], None]) -> None: ...
+
+    def end_session(self, peer: MemberId, reason: str) -> None: ...
 
     def close(self) -> None: ...
 
 
-MakeEndpoint = Callable[[World, MemberId, str, Nanoseconds], Endpoint]
-"""(world, me, cluster name, detect) -> an endpoint that is not open yet."""
+MakeEndpoint = Callable[[World, Attached, bytes], Endpoint]
+"""(world, what corrald said of us, our ticket) -> an endpoint that is not started yet."""
+
+GATES_MAX: Final = 256  # ports for which frames are held before this process has heard of the group
+
+
+class Service(Recoverable, Protocol):
+    """A service whose members speak to each other: it gets the messages of its current round, FIFO per peer."""
+
+    def deliver(self, peer: MemberId, payloads: list[bytes]) -> None: ...
 
 
 @final
@@ -78,7 +91,7 @@ class _Membership:
         "task",
     )
 
-    def __init__(self, name: str, level: int, service: Recoverable, joined: "asyncio.Future[None]") -> None:
+    def __init__(self, name: str, level: int, service: Service, joined: "asyncio.Future[None]") -> None:
         self.name = name
         self.level = level
         self.service = service
@@ -109,6 +122,8 @@ class Participant:
         self._groups: dict[str, _Membership] = {}
         self._sessions: set[MemberId] = set()
         self._known: set[MemberId] = set()  # peers given to comm
+        self._gates: dict[int, RoundGate] = {}  # by group number
+        self._by_number: dict[int, _Membership] = {}
         self._session_changed: asyncio.Event = asyncio.Event()
         self._page: PageReader | None = None
         self._view: View | None = None
@@ -135,9 +150,10 @@ class Participant:
         self._tell(Attach(IPC_VERSION, PARTICIPANT, self._purpose))
         self.identity = await self._attached
         self._page = PageReader(self._world.page(self.identity.page, PAGE_SIZE, create=False), self.identity.page_slot)
-        self.comm = self._make_endpoint(self._world, self.identity.me, self.identity.cluster, self.identity.detect_ns)
-        await self.comm.open(f"{self.identity.host}:0")
+        self.comm = self._make_endpoint(self._world, self.identity, self._ticket)
         self.comm.watch(self._session)
+        self.comm.listen_rest(self._frames)
+        await self.comm.start(f"{self.identity.host}:0", datagrams=False)
         self._tick()
 
     def close(self) -> None:
@@ -189,7 +205,7 @@ class Participant:
     def may_act(self) -> bool:
         return self._world.now() < self.lease_until()
 
-    async def register(self, group: str, level: int, service: Recoverable, *, slots: int = 4096) -> None:
+    async def register(self, group: str, level: int, service: Service, *, slots: int = 4096) -> None:
         if group in self._groups:
             raise ClusterError(f"this process is already in group {group}; leave it first")
         if self.lost.done():
@@ -214,9 +230,17 @@ class Participant:
             self._tell(Deregister(group))
         await membership.left
 
-    def number_of(self, group: str) -> int:
-        """The group's port."""
-        return self._groups[group].number
+    def send(self, group: str, peer: MemberId, payload: bytes) -> None:
+        """To another member of the group, in its present round."""
+        membership = self._groups[group]
+        assert membership.round is not None
+        self.comm.send(peer, membership.number, membership.round.id, payload)
+
+    def round_begun(self, group: str, round_id: int) -> None:
+        """The service is ready for messages of this round: called from within its `start`, before it awaits."""
+        membership = self._groups[group]
+        for peer, payloads in self._gates[membership.number].advance(round_id):
+            membership.service.deliver(peer, payloads)
 
     # -- corrald speaks
 
@@ -259,6 +283,8 @@ class Participant:
             left = self._groups.pop(message.group, None)
             if left is not None and left.left is not None and not left.left.done():
                 left.left.set_result(None)
+                self._by_number.pop(left.number, None)
+                self._gates.pop(left.number, None)
             self._forget_strangers()
         elif isinstance(message, Refusal):
             self._lose(message.reason)
@@ -300,6 +326,8 @@ class Participant:
         self._stop(group)
         group.round = message.round
         group.number = message.number
+        self._by_number[group.number] = group
+        self._gates.setdefault(group.number, RoundGate())
         group.peers = {peer.member: peer for peer in message.peers if peer.member != self.me}
         for peer in group.peers.values():
             self.comm.set_peer(peer.member, peer.address, peer.ticket)
@@ -339,11 +367,28 @@ class Participant:
 
     # -- sessions
 
+    def _frames(self, peer: MemberId, port: int, round_id: int, payloads: list[bytes]) -> None:
+        gate = self._gates.get(port)
+        if gate is None:
+            if len(self._gates) >= GATES_MAX:
+                self.comm.end_session(peer, f"it speaks to more than {GATES_MAX} groups that are unknown here")
+                return
+            gate = self._gates[port] = RoundGate()
+        verdict = gate.receive(peer, round_id, payloads)
+        if verdict == DELIVER:
+            group = self._by_number.get(port)
+            if group is not None:
+                group.service.deliver(peer, payloads)
+        elif verdict == OVERFLOW:
+            self.comm.end_session(peer, "it is too far ahead: more is held of its newer round than the bound allows")
+
     def _session(self, change: PeerUp | PeerDown) -> None:
         if isinstance(change, PeerUp):
             self._sessions.add(change.peer)
         else:
             self._sessions.discard(change.peer)
+            for number in sorted(self._gates):
+                self._gates[number].forget(change.peer)
         self._session_changed.set()
         for name in sorted(self._groups):
             group = self._groups[name]

@@ -40,16 +40,15 @@ class Cluster:
         self.configured = nodes
         self.queues: dict[tuple[int, int], list] = {}
         self.story: list[str] = []
+        self.accepted: list[View] = []  # the newest active view and quorate ones since, as the agreement keeps them
         self.held: set[str] = set()
         self.rounds: dict[tuple[int, str], object] = {}
         self.waiting: list[tuple[int, LocalDone]] = []
 
-    def boot(self, node: int, incarnation: int, state: LiftState | None = None, clean: bool = True) -> LiftEngine:
+    def boot(self, node: int, incarnation: int, state: LiftState | None = None) -> LiftEngine:
         process = ProcessId(node * 1000 + incarnation, 1, "boot")
         configured = (1, 2, 3)
-        return LiftEngine(
-            NodeIncarnation(node, incarnation), process, configured, RECOVER, state or LiftState(), clean=clean
-        )
+        return LiftEngine(NodeIncarnation(node, incarnation), process, configured, RECOVER, state or LiftState())
 
     def install(self, *nodes: int, quorate: bool = True, coordinator: int | None = None) -> None:
         self.epoch += 1
@@ -59,7 +58,9 @@ class Cluster:
         for node in nodes:
             self.step(node, Promised())
         for node in nodes:
-            self.step(node, Installed(view, attachments))
+            self.step(node, Installed(view, attachments, tuple(self.accepted), first=not self.accepted))
+        if quorate:
+            self.accepted.append(view)
 
     def step(self, node: int, event: object) -> None:
         lift = self.lifts[node]
@@ -90,6 +91,7 @@ class Cluster:
         elif isinstance(decision, FinishGroup):
             self.story.append(f"{node} finish {decision.group}")
         elif isinstance(decision, ViewActive):
+            self.accepted = [view for view in self.accepted if view.id >= decision.view.id]
             self.story.append(f"{node} active")
         elif isinstance(decision, Left):
             self.story.append(f"{node} left {decision.group}")
