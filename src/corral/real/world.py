@@ -23,6 +23,7 @@ from corral.real.network import RealNetwork
 from corral.real.page import map_page
 from corral.real.pki import Credentials
 from corral.real.process import RealProcesses
+from corral.real.pulse import Pulse
 from corral.real.store import RealStore
 from corral.real.workers import Workers
 
@@ -98,6 +99,7 @@ class RealWorld:
         *,
         fatal: Callable[[BaseException, str], None] = end_process,
     ) -> None:
+        self.pulse: Pulse | None = None  # set by run.run
         self._loop = asyncio.get_running_loop()
         self._on_fatal = fatal
         self._dead = False
