@@ -103,10 +103,10 @@ def parse(content: bytes, path: str) -> tuple[list[bytes], int, int]:
     offset, sequence = HEADER_SIZE, 0
     while offset < len(content):
         frame = unpack_frame(content, offset)
-        if frame is None or frame[0] != sequence + 1:
-            if _later_frame(content, offset + 1, sequence):
-                raise StoreDamaged(f"{path} is damaged at offset {offset}: {_ADVICE}")
+        if frame is None and not _later_frame(content, offset + 1, sequence):
             return records, sequence, offset
+        if frame is None or frame[0] != sequence + 1:
+            raise StoreDamaged(f"{path} is damaged at offset {offset}: {_ADVICE}")
         sequence, found, offset = frame
         records.extend(found)
     return records, sequence, offset
