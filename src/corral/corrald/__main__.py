@@ -1,0 +1,3 @@
+from corral.corrald.main import main
+
+main()

@@ -1,0 +1,130 @@
+"""Runs the fence engine of this node: its driver, its agents, and who is told what (DESIGN 5, fence)."""
+
+from collections.abc import Callable
+from typing import Any, Final, final
+
+from corral.api.fence import (
+    ANY_INCARNATION,
+    KILLED,
+    POWERED,
+    FenceConfig,
+    FenceDeferred,
+    FenceFailed,
+    FenceStarted,
+    FenceStatus,
+    NodeFenced,
+)
+from corral.base.engine import Received
+from corral.base.errors import ClusterError, PeerError
+from corral.base.ids import MemberId, NodeId, NodeIncarnation
+from corral.base.view import View
+from corral.base.world import ProcessId, World
+from corral.driver import Driver
+from corral.fence.engine import FenceEngine
+from corral.fence.events import (
+    CancelAttempt,
+    ExpelNode,
+    ManualAck,
+    Refused,
+    RoundDone,
+    RunAttempt,
+    Start,
+    Stop,
+)
+from corral.fence.wire import CODEC
+from corral.node.chronicle import Chronicle
+from corral.providers.agents.service import FenceAgents
+from corral.wire.frame import PORT_FENCE
+
+Transmit = Callable[[MemberId, int, bytes], None]
+
+
+@final
+class Fencing:
+    """`done(round_id)`: the fence part of this node's start is over. `cut_off(victim, proven)`: that incarnation is no
+    danger any more; `proven` when none of its processes can act, so that its lease need not be waited for."""
+
+    def __init__(
+        self,
+        world: World,
+        me: NodeIncarnation,
+        config: FenceConfig,
+        chronicle: Chronicle,
+        *,
+        transmit: Transmit,
+        view: Callable[[], View | None],
+        identities: Callable[[NodeIncarnation], list[ProcessId] | None],
+        done: Callable[[int], None],
+        cut_off: Callable[[NodeIncarnation, bool], None],
+    ) -> None:
+        self._world = world
+        self._me = me
+        self._chronicle = chronicle
+        self._view = view
+        self._done = done
+        self._cut_off = cut_off
+        self._last_refusal = ""
+        self.engine: Final = FenceEngine(me.node, config)
+        self.dropped = 0
+        self._driver: Driver[Any] = Driver(
+            world,
+            self.engine,
+            "fence",
+            transmit=lambda peer, message: transmit(peer, PORT_FENCE, CODEC.encode(message)),
+            emit=self._emitted,
+        )
+        self._agents = FenceAgents(world, config, self._driver.feed, identities=identities, wanted=self._is_wanted)
+
+    def start(self, event: Start) -> None:
+        self._driver.feed(event)
+
+    def stop(self) -> None:
+        self._driver.feed(Stop())
+
+    async def close(self) -> None:
+        self._driver.stop()
+        await self._agents.close()
+
+    def deliver(self, peer: MemberId, _round_id: int, payloads: list[bytes]) -> None:
+        for payload in payloads:
+            try:
+                message = CODEC.decode(payload)
+            except PeerError:
+                self.dropped += 1
+                continue
+            self._driver.feed(Received(peer, message))
+
+    def status(self) -> FenceStatus:
+        return self.engine.status(self._world.now())
+
+    def acknowledge(self, node: NodeId, operator: str) -> None:
+        """Raises ClusterError when nobody waits for that node to be fenced."""
+        self._last_refusal = ""
+        self._driver.feed(ManualAck(NodeIncarnation(node, ANY_INCARNATION), operator, self._world.wall_seconds()))
+        if self._last_refusal:
+            raise ClusterError(self._last_refusal)
+
+    def _is_wanted(self, victim: NodeIncarnation) -> bool:
+        view = self._view()
+        return view is None or victim not in view.members
+
+    def _emitted(self, event: object) -> None:
+        if isinstance(event, RunAttempt | CancelAttempt):
+            self._agents.handle(event)
+        elif isinstance(event, RoundDone):
+            self._done(event.round)
+        elif isinstance(event, NodeFenced):
+            self._chronicle.note("fence", str(event))
+            self._cut_off(event.victim, event.proof in (POWERED, KILLED))
+        elif isinstance(event, FenceStarted):
+            self._chronicle.note("fence", f"fencing node {event.victim.node} by method {event.method}")
+        elif isinstance(event, FenceFailed):
+            self._chronicle.note(
+                "fence", f"fencing node {event.victim.node} by {event.method} failed ({event.repeats}): {event.text}"
+            )
+        elif isinstance(event, FenceDeferred):
+            self._chronicle.note("fence", f"fencing node {event.victim.node} is up to node {event.to}")
+        elif isinstance(event, ExpelNode):
+            self._chronicle.note("fence", f"node {event.member.node} is a member: stop it to have it fenced")
+        elif isinstance(event, Refused):
+            self._last_refusal = event.text
