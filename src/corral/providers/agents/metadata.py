@@ -15,6 +15,7 @@ from corral.base.errors import ConfigurationError
 SIZE_MAX: Final = 256 << 10
 DEPTH_MAX: Final = 8
 ELEMENTS_MAX: Final = 8192
+TEXT_MAX: Final = 400  # characters of a document that appear in one sentence of ours
 
 BOOLEANS: Final = frozenset(("0", "1", "yes", "no", "true", "false", "on", "off"))
 NAMING_VICTIM: Final = ("plug", "port")  # filled in from the node's name when nobody sets them
@@ -49,7 +50,11 @@ class Metadata(NamedTuple):
         for name in sorted(given):
             if name not in self.parameters:
                 close = difflib.get_close_matches(name, self.parameters, 1)
-                hint = f"; did you mean {close[0]}?" if close else f"; it knows {', '.join(sorted(self.parameters))}"
+                hint = (
+                    f"; did you mean {plain(close[0])}?"
+                    if close
+                    else f"; it knows {plain(', '.join(sorted(self.parameters)))}"
+                )
                 raise ConfigurationError(f"{where}: agent {self.name} has no parameter {name}{hint}")
             self._check_value(self.parameters[name], given[name], where)
         for name in sorted(self.parameters):
@@ -64,7 +69,7 @@ class Metadata(NamedTuple):
         elif kind == "boolean":
             legal, accepted = value.lower() in BOOLEANS, f"one of {', '.join(sorted(BOOLEANS))}"
         elif kind == "select":
-            legal, accepted = value in parameter.options, f"one of {', '.join(parameter.options)}"
+            legal, accepted = value in parameter.options, f"one of {plain(', '.join(parameter.options))}"
         else:
             return
         if not legal:  # the value is not shown: it may be a password in the wrong place
@@ -77,7 +82,7 @@ class Metadata(NamedTuple):
         same = self._same_as(name)
         if same.isdisjoint(given) and same.isdisjoint(NAMING_VICTIM):
             newest = next((other for other in sorted(same) if self.parameters[other].obsoletes), name)
-            raise ConfigurationError(f"{where}: agent {self.name} needs parameter {newest}")
+            raise ConfigurationError(f"{where}: agent {self.name} needs parameter {plain(newest)}")
 
     def _same_as(self, name: str) -> set[str]:
         """All names of one parameter, old and new."""
@@ -100,10 +105,17 @@ def parse_metadata(document: bytes, agent: str) -> Metadata:
     except (expat.ExpatError, ValueError) as error:
         raise ConfigurationError(f"agent {agent}: its metadata is no XML: {error}") from None
     if reader.root != "resource-agent":
-        raise ConfigurationError(f"agent {agent}: its metadata begins with <{reader.root}>, not <resource-agent>")
+        raise ConfigurationError(
+            f"agent {agent}: its metadata begins with <{plain(reader.root)}>, not <resource-agent>"
+        )
     if not reader.actions:
         raise ConfigurationError(f"agent {agent}: its metadata lists no actions")
-    return Metadata(reader.name or agent, reader.parameters, frozenset(reader.actions))
+    return Metadata(plain(reader.name) or agent, reader.parameters, frozenset(reader.actions))
+
+
+def plain(text: str) -> str:
+    """A foreign program's words, fit for one line of ours."""
+    return "".join(character if character.isprintable() else "?" for character in text[:TEXT_MAX])
 
 
 class _Refused(Exception):
@@ -123,7 +135,7 @@ class _Reader:
         self._current: Parameter | None = None
         self._options: list[str] = []
         self._text: list[str] = []
-        self.parser = expat.ParserCreate()
+        self.parser = expat.ParserCreate("utf-8")  # whatever it declares: no other codec is looked up
         self.parser.StartDoctypeDeclHandler = self._refuse_doctype
         self.parser.EntityDeclHandler = self._refuse_doctype
         self.parser.StartElementHandler = self._begin

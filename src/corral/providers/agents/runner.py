@@ -54,10 +54,10 @@ class Program:
         where = self.name if self.name.startswith("/") else f"{self.name} (looked for in {', '.join(DIRECTORIES)})"
         raise FenceError(f"there is no fence agent {where}: install it, e.g. package fence-agents")
 
-    async def metadata(self) -> Metadata:
-        """Asked once. Raises ConfigurationError, FenceError or TimeoutError."""
+    async def metadata(self, timeout_ns: Nanoseconds = METADATA_TIMEOUT) -> Metadata:
+        """Asked until it answers once. Raises ConfigurationError, FenceError or TimeoutError."""
         if self._metadata is None:
-            completed = await self.run({"action": "metadata"}, METADATA_TIMEOUT)
+            completed = await self.run({"action": "metadata"}, timeout_ns)
             if completed.status != 0:
                 raise ConfigurationError(f"agent {self.name}: action metadata ended with status {completed.status}")
             self._metadata = parse_metadata(completed.stdout, self.name)
@@ -116,7 +116,7 @@ class ProgramAgent:
     async def _known_metadata(self) -> Metadata | None:
         """A program without usable metadata is still worth trying: it then cannot be asked to confirm."""
         try:
-            return await self._program.metadata()
+            return await self._program.metadata(min(METADATA_TIMEOUT, from_seconds(self._device.timeout) // 4))
         except (ConfigurationError, TimeoutError):
             return None
 
