@@ -288,14 +288,14 @@ class SimProcesses:
             return result.status
 
         child = me.machine.start(argv[0].rpartition("/")[2], main, uid=me.uid)
-
         ended = asyncio.ensure_future(child.wait_gone())
         try:
             async with asyncio.timeout(timeout_ns / SECOND):
                 await asyncio.wait((ended, completed), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            child.kill()
             ended.cancel()
+            if not completed.done():
+                child.kill()
         if not completed.done():
             return Completed(child.status or 0, b"", b"")
         status, stdout, stderr = completed.result()
