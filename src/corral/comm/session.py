@@ -563,15 +563,12 @@ class SessionEngine:
             return wire.REFUSE_TICKET
         if hello.me.incarnation < known.incarnation:
             return wire.REFUSE_INCARNATION
-        if hello.me.incarnation > known.incarnation:
-            if known.serial:
-                return wire.REFUSE_WAIT
-            return wire.REFUSE_SESSION if hello.resume else 0
-        if hello.attempt <= self._seen_attempt:
+        newer = hello.me.incarnation > known.incarnation
+        if hello.attempt <= (0 if newer else self._seen_attempt):
             return wire.REFUSE_ATTEMPT
         if not hello.resume:
             return 0
-        if not self.alive or hello.resume != self.session:
+        if newer or not self.alive or hello.resume != self.session:
             return wire.REFUSE_SESSION
         if not self._acked <= hello.received <= self._sent:
             return wire.REFUSE_PROTOCOL

@@ -32,6 +32,7 @@ class Codec(Generic[M]):
             raise PeerError(f"message of {len(payload)} bytes exceeds {MESSAGE_MAX}")
         try:
             message: M = self._decoder.decode(payload)
-        except (msgspec.DecodeError, RecursionError, OverflowError) as error:  # ValidationError is a DecodeError
+        except (ValueError, RecursionError, OverflowError) as error:
+            # DecodeError and ValidationError are ValueErrors, and so is text that is not UTF-8.
             raise PeerError(f"undecodable message: {error}") from None
         return message

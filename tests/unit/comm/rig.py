@@ -16,7 +16,7 @@ from corral.comm import wire
 from corral.comm.actions import Abandon, Connect, Deliver, Limits, Rejected, Shut, Write
 from corral.comm.engine import CommEngine
 from corral.comm.session import Identity
-from corral.wire.frame import parse
+from corral.wire.frame import HELLO, parse
 
 CLUSTER = "testers"
 UUID = bytes(range(16))
@@ -276,7 +276,7 @@ class Rig:
                 self.breaks(end.peer, reason)
 
 
-def hello(me: MemberId, target: MemberId, **changes: Any) -> bytes:
+def hello(me: MemberId, target: MemberId, /, **changes: Any) -> bytes:
     """A good hello, but for `changes`."""
     fields: dict[str, Any] = {
         "cluster": CLUSTER,
@@ -294,8 +294,6 @@ def hello(me: MemberId, target: MemberId, **changes: Any) -> bytes:
         "incompatible": 0,
         "key_half": bytes(32),
     }
-    from corral.wire.frame import HELLO
-
     return wire.control(HELLO, 0, 0, wire.Hello(**{**fields, **changes}))
 
 
