@@ -236,11 +236,13 @@ def _use(entry: str | DeviceUse) -> DeviceUse:
     return DeviceUse(entry) if isinstance(entry, str) else entry
 
 
-def process_fencing(nodes: Collection[NodeId], *, post_join_delay: Seconds = 1.0) -> FenceConfig:
-    """The default of `corral up`: all nodes are processes of one machine, and killing them is the fence."""
+def process_fencing(nodes: Collection[NodeId], *, machine: str = "", post_join_delay: Seconds = 1.0) -> FenceConfig:
+    """The default of `corral up`: all nodes are processes of one machine, and killing them is the fence. `machine` is
+    its /etc/machine-id: with it, what ran before a reboot counts as gone (providers/agents/process.py)."""
+    parameters = {"machine": machine} if machine else {}
     method = Method("process", ["process"])
     return FenceConfig(
-        devices=[Device("process", "process", timeout=10.0, limit=0)],
+        devices=[Device("process", "process", parameters, timeout=10.0, limit=0)],
         nodes={node: NodeFencing([method]) for node in sorted(nodes)},
         post_join_delay=post_join_delay,
         retry_delay=1.0,

@@ -31,6 +31,8 @@ only between attempts, because a joiner gets WAIT while an agent works on it.
 
 from typing import Final, final
 
+from msgspec.structs import replace
+
 from corral.api.fence import (
     AGENT,
     ANY_INCARNATION,
@@ -80,6 +82,7 @@ from corral.fence.wire import (
 
 GRACE: Final[Nanoseconds] = 5 * SECOND  # a runner that does not answer this long after its timeout is given up
 REQUESTS_MAX: Final = 64  # victims somebody asked for, beside those of the round
+HELD_MAX: Final = 4096  # messages kept of rounds that others have begun before this node
 
 Event = Start | Stop | AttemptDone | ManualAck | External | FenceRequest | Received[Message] | Tick
 
@@ -95,6 +98,7 @@ class FenceEngine:
         "_done",
         "_dropped",
         "_has_history",
+        "_held",
         "_ledger",
         "_me",
         "_members",
@@ -131,6 +135,7 @@ class FenceEngine:
         self._ledger = Ledger()
         self._repeats = Repeats()
         self._has_history = False
+        self._held: list[tuple[MemberId, Message]] = []  # of rounds that have not begun here yet
         self._dropped = 0
         self._out = Ready()
         self.deadline: Instant = FOREVER
@@ -228,8 +233,11 @@ class FenceEngine:
         for victim in sorted(wanted):
             fact = self._ledger.fact(victim)
             if fact is not None:
-                self._broadcast(fact)
+                self._broadcast(replace(fact, round=round.id))
         self._ask_history(joined)
+        held, self._held = self._held, []
+        for peer, message in held:
+            self._receive(now, peer, message)
 
     def _round_victims(self, event: Start) -> frozenset[NodeIncarnation]:
         failed = {NodeIncarnation(entry.member.node, entry.member.incarnation) for entry in event.round.failed}
@@ -515,6 +523,13 @@ class FenceEngine:
     # --- what members say ----------------------------------------------------------------------------------------
 
     def _receive(self, now: Instant, peer: MemberId, message: Message) -> None:
+        if message.round > (self._round.id if self._round is not None else 0):
+            # The peer's round has begun and ours has not: it may be with members that are not here yet.
+            if len(self._held) < HELD_MAX:
+                self._held.append((peer, message))
+            else:
+                self._dropped += 1
+            return
         if self._members.get(peer.node) != peer:
             self._dropped += 1
             return

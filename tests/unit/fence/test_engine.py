@@ -20,6 +20,7 @@ from corral.api.fence import (
     NodeFencing,
 )
 from corral.base.time import FOREVER
+from corral.fence.engine import HELD_MAX
 from corral.fence.events import (
     AttemptDone,
     CancelAttempt,
@@ -320,6 +321,29 @@ def test_messages_of_another_round_or_a_stranger_are_dropped_but_facts_are_taken
     assert b.receive(4, done()) == []
     assert b.engine.status(b.now).dropped == 2
     assert b.receive(1, done(round_id=1))[-1] == RoundDone(2)
+
+
+def test_what_comes_before_the_round_begins_here_is_held() -> None:
+    """Also from a member that is none here yet."""
+    b = bench(2)
+    b.start(2, [ONE, TWO])
+    b.lives[3] = AGAIN
+    four = life(4)
+    assert b.receive(1, TurnFailed(3, four, 0, "x")) == []
+    assert b.receive(3, done(four, round_id=3)) == []
+    b.step(Stop())
+    emitted = b.start(3, [ONE, TWO, AGAIN], [four], [AGAIN])
+    assert only(emitted, NodeFenced).victim == four
+    assert emitted[-1] == RoundDone(3)
+    assert b.engine.status(b.now).dropped == 0
+
+
+def test_what_is_held_is_bounded() -> None:
+    b = bench(2)
+    b.start(2, [ONE, TWO])
+    for _ in range(HELD_MAX + 5):
+        b.receive(1, TurnFailed(9, THREE, 0, "x"))
+    assert b.engine.status(b.now).dropped == 5
 
 
 def test_nobody_is_believed_that_a_member_is_fenced() -> None:
