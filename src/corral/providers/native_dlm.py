@@ -1,0 +1,167 @@
+"""The native lock manager: a lockspace engine inside this process, its peers the other members of its service group.
+
+    space = NativeLockspace(world, participant, "orders")
+    await space.open()                      # joins group dlm:orders; returns when its first round has finished
+    space.submit(client, [(handle, cookie, Request(...))])
+
+Before each step the engine is told how long the lease runs, read from the shared page: while it has lapsed nothing is
+granted, and what was decided is held back until it is renewed or the lockspace is lost.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Final, final
+
+from corral.api.cman import LEVEL_DLM
+from corral.api.dlm import VALUE_SIZE, Completion, Request
+from corral.base.engine import Received
+from corral.base.errors import NotMember, PeerError
+from corral.base.ids import MemberId
+from corral.base.view import Round
+from corral.base.world import World
+from corral.dlm.engine import LockspaceEngine
+from corral.dlm.events import (
+    Blocked,
+    ClientGone,
+    Done,
+    Finish,
+    Lease,
+    Lost,
+    RoundDone,
+    SpaceLost,
+    Start,
+    Stop,
+    Submit,
+)
+from corral.dlm.wire import CODEC
+from corral.driver import Driver
+from corral.providers.participant import Participant
+
+
+def group_of(name: str) -> str:
+    return f"dlm:{name}"
+
+
+@final
+class NativeLockspace:
+    """Implements `participant.Service`. Whoever serves the clients sets `completed(client, handle, cookie, completion)`,
+    `blocked(client, handle, mode)` and `lost(reason)`."""
+
+    def __init__(
+        self, world: World, participant: Participant, name: str, *, value_size: int = VALUE_SIZE, level: int = LEVEL_DLM
+    ) -> None:
+        self.name: Final = name
+        self.group: Final = group_of(name)
+        self.completed: Callable[[int, int, int, Completion], None] = _ignore
+        self.blocked: Callable[[int, int, int], None] = _ignore
+        self.lost: Callable[[str], None] = _ignore
+        self.rejected = 0
+        self._world = world
+        self._participant = participant
+        self._level = level
+        self.engine: Final = LockspaceEngine(participant.me, name, value_size)
+        self._driver: Driver[Any] = Driver(world, self.engine, self.group, transmit=self._transmit, emit=self._emitted)
+        self._done: asyncio.Future[None] | None = None
+        self._round_id = 0
+        self._open = False
+        self._lost_reason = ""
+        participant.lost.add_done_callback(self._participant_lost)
+
+    # -- life
+
+    async def open(self) -> None:
+        """Raises ClusterError when the join is refused, NotMember when this process may not act any more."""
+        await self._participant.register(self.group, self._level, self)
+        self._open = True
+        self._watch_lease()
+
+    async def close(self) -> None:
+        """Leaves the group cleanly; every client must be gone before."""
+        self._open = False
+        if not self._lost_reason:
+            await self._participant.leave(self.group)
+        self._driver.stop()
+
+    # -- the service contract
+
+    def stop(self) -> None:
+        self._feed(Stop())
+
+    async def start(self, round: Round) -> None:
+        done: asyncio.Future[None] = self._world.future()
+        self._done = done
+        self._round_id = round.id
+        self._feed(Start(round))
+        self._participant.round_begun(self.group, round.id)
+        await done
+
+    def finish(self, round: Round) -> None:
+        self._feed(Finish(round.id))
+
+    def deliver(self, peer: MemberId, payloads: list[bytes]) -> None:
+        events: list[Any] = []
+        for payload in payloads:
+            try:
+                events.append(Received(peer, CODEC.decode(payload)))
+            except PeerError:
+                self.rejected += 1
+        self._feed(*events)
+
+    def blocked_by(self) -> bool:
+        """Whether the recovery of this member waits for others (the warden asks before it evicts)."""
+        return self._done is not None and not self._done.done()
+
+    # -- clients
+
+    def submit(self, client: int, operations: Sequence[tuple[int, int, Request]]) -> None:
+        """(handle, cookie, request) each; completions come later, never from within this call."""
+        if self._lost_reason:
+            raise NotMember(self._lost_reason)
+        self._feed(Submit(client, operations))
+
+    def client_gone(self, client: int) -> None:
+        self._feed(ClientGone(client))
+
+    @property
+    def valid(self) -> bool:
+        """Whether held locks are still guaranteed: the lease runs."""
+        return self._participant.may_act()
+
+    # -- inside
+
+    def _feed(self, *events: Any) -> None:
+        until = self._participant.lease_until()
+        if until != self.engine.lease_until:
+            self._driver.feed(Lease(until), *events)
+        else:
+            self._driver.feed(*events)
+
+    def _watch_lease(self) -> None:
+        """What was held back while the lease had lapsed leaves soon after it runs again, without another event."""
+        if not self._open or self._lost_reason:
+            return
+        if self.engine.lease_until != self._participant.lease_until():
+            self._feed()
+        self._world.call_at(self._world.now() + self._participant.identity.detect_ns // 20, self._watch_lease)
+
+    def _transmit(self, peer: MemberId, message: Any) -> None:
+        self._participant.send(self.group, peer, CODEC.encode(message))
+
+    def _emitted(self, event: object) -> None:
+        if isinstance(event, Done):
+            self.completed(event.client, event.handle, event.cookie, event.completion)
+        elif isinstance(event, Blocked):
+            self.blocked(event.client, event.handle, event.mode)
+        elif isinstance(event, RoundDone):
+            if event.round_id == self._round_id and self._done is not None and not self._done.done():
+                self._done.set_result(None)
+        elif isinstance(event, SpaceLost):
+            self.lost(self._lost_reason)
+
+    def _participant_lost(self, lost: "asyncio.Future[str]") -> None:
+        self._lost_reason = lost.result()
+        self._driver.feed(Lost())
+
+
+def _ignore(*_arguments: Any) -> None:
+    """Before anybody serves clients."""
