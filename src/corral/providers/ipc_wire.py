@@ -145,39 +145,45 @@ class OpenSpace(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=64):
 
 
 class SubmitBatch(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=65):
-    """Each request with the client's handle for it; `lock` of a request is such a handle too."""
+    """(handle, cookie, request) each. Handles and cookies are the client's own; a completion brings both back."""
 
     space: int
-    requests: list[tuple[int, Request]]
+    requests: list[tuple[int, int, Request]]
 
 
 class CloseSpace(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=66):
+    """Frees every lock of this client in the space."""
+
     space: int
 
 
 class Opened(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=80):
+    """`error` empty: requests may be submitted."""
+
     space: int
     error: str
 
 
 class CompletedBatch(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=81):
     space: int
-    completions: list[tuple[int, Completion]]
+    completions: list[tuple[int, int, Completion]]
 
 
 class BlockingBatch(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=82):
+    """(handle, mode) each: somebody wants `mode` and this lock is in the way."""
+
     space: int
     blocked: list[tuple[int, int]]
 
 
-class SpaceLost(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=83):
-    """Every lock of this space is lost for good (state `lost`), or suspended / valid again."""
+class SpaceGone(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=83):
+    """Every lock of this space is lost for good."""
 
     space: int
-    state: str
+    reason: str
 
 
 ToLockService = OpenSpace | SubmitBatch | CloseSpace
 TO_LOCK_SERVICE: Codec[ToLockService] = Codec((OpenSpace, SubmitBatch, CloseSpace))
-FromLockService = Opened | CompletedBatch | BlockingBatch | SpaceLost
-FROM_LOCK_SERVICE: Codec[FromLockService] = Codec((Opened, CompletedBatch, BlockingBatch, SpaceLost))
+FromLockService = Opened | CompletedBatch | BlockingBatch | SpaceGone
+FROM_LOCK_SERVICE: Codec[FromLockService] = Codec((Opened, CompletedBatch, BlockingBatch, SpaceGone))

@@ -44,7 +44,7 @@ def group_of(name: str) -> str:
 
 @final
 class NativeLockspace:
-    """Implements `participant.Service`. Whoever serves the clients sets `completed(client, handle, cookie, completion)`,
+    """A `participant.Service`. Whoever serves the clients sets `completed(client, handle, cookie, completion)`,
     `blocked(client, handle, mode)` and `lost(reason)`."""
 
     def __init__(

@@ -1,0 +1,223 @@
+"""Where lock requests of this process go: the low level of `api.dlm.Lockspace` over the two ways to a lock manager.
+
+    SocketBackend   to this node's lock service, for light clients
+    NativeBackend   to a lockspace engine in this process, for participants
+
+Both keep the books of one client: a handle per lock, a cookie per request, and who is to be called.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final, final
+
+from corral.api.dlm import Completion, Request
+from corral.base.errors import ClusterError, LockLost, PeerError
+from corral.base.world import Connection, World
+from corral.providers.ipc_wire import (
+    FROM_LOCK_SERVICE,
+    TO_LOCK_SERVICE,
+    BlockingBatch,
+    CloseSpace,
+    CompletedBatch,
+    Opened,
+    OpenSpace,
+    SpaceGone,
+    SubmitBatch,
+)
+from corral.providers.native_dlm import NativeLockspace
+from corral.providers.page import PageReader
+
+Completed = Callable[[int, Completion], None]
+Blocking = Callable[[int, int], None]
+
+BATCH: Final = 1024  # requests in one message
+
+
+@final
+class Books:
+    """Handles and cookies of one client in one lockspace."""
+
+    __slots__ = ("_blocking", "_cookie", "_handle", "_waiting", "ended")
+
+    def __init__(self) -> None:
+        self._handle = 0
+        self._cookie = 0
+        self._waiting: dict[int, tuple[int, Completed]] = {}
+        self._blocking: dict[int, Blocking] = {}
+        self.ended = ""
+
+    def enter(
+        self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None
+    ) -> tuple[list[int], list[tuple[int, int, Request]]]:
+        handles: list[int] = []
+        operations: list[tuple[int, int, Request]] = []
+        for request in requests:
+            if request.op == "lock":
+                self._handle += 1
+                handle = self._handle
+                if blocking is not None:
+                    self._blocking[handle] = blocking
+            else:
+                handle = request.lock
+            self._cookie += 1
+            self._waiting[self._cookie] = (handle, completed)
+            handles.append(handle)
+            operations.append((handle, self._cookie, request))
+        return handles, operations
+
+    def complete(self, handle: int, cookie: int, completion: Completion) -> None:
+        waiting = self._waiting.pop(cookie, None)
+        if waiting is not None and waiting[0] == handle:
+            waiting[1](handle, completion)
+
+    def block(self, handle: int, mode: int) -> None:
+        blocking = self._blocking.get(handle)
+        if blocking is not None:
+            blocking(handle, mode)
+
+    def forget(self, handle: int) -> None:
+        self._blocking.pop(handle, None)
+
+
+@final
+class SocketBackend:
+    """One lockspace over one connection to the lock service. Implements `ConnectionHandler`."""
+
+    def __init__(self, world: World, socket: str, name: str, value_size: int, page: PageReader) -> None:
+        self.name: Final = name
+        self.value_size: Final = value_size
+        self.lost: asyncio.Future[str] = world.future()
+        self._world = world
+        self._socket = socket
+        self._page = page
+        self._books = Books()
+        self._connection: Connection | None = None
+        self._opened: asyncio.Future[None] = world.future()
+
+    async def open(self) -> None:
+        """Raises ClusterError when the lock service is not there or refuses."""
+        try:
+            self._connection = await self._world.local.connect(self._socket, self)
+        except OSError as error:
+            raise ClusterError(
+                f"the lock service does not answer at {self._socket} ({error.strerror or error}); "
+                "is corrald of this node running?"
+            ) from None
+        self._connection.send([TO_LOCK_SERVICE.encode(OpenSpace(1, self.name, self.value_size))])
+        await self._opened
+
+    @property
+    def valid(self) -> bool:
+        return not self.lost.done() and self._world.now() < self._page.lease_until()
+
+    def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
+        if self.lost.done() or self._connection is None:
+            raise LockLost(self.lost.result() if self.lost.done() else "the lockspace is not open")
+        handles, operations = self._books.enter(requests, completed, blocking)
+        for start in range(0, len(operations), BATCH):
+            self._connection.send([TO_LOCK_SERVICE.encode(SubmitBatch(1, operations[start : start + BATCH]))])
+        return handles
+
+    def forget(self, handle: int) -> None:
+        """The lock of this handle is over."""
+        self._books.forget(handle)
+
+    async def close(self) -> None:
+        if self._connection is not None and not self.lost.done():
+            self._connection.send([TO_LOCK_SERVICE.encode(CloseSpace(1))])
+            self._end("the lockspace was closed")
+
+    # -- ConnectionHandler
+
+    def received(self, messages: list[bytes]) -> None:
+        for payload in messages:
+            try:
+                message = FROM_LOCK_SERVICE.decode(payload)
+            except PeerError as error:
+                self._end(f"the lock service sent what this version does not understand ({error})")
+                return
+            if isinstance(message, CompletedBatch):
+                for handle, cookie, completion in message.completions:
+                    self._books.complete(handle, cookie, completion)
+            elif isinstance(message, BlockingBatch):
+                for handle, mode in message.blocked:
+                    self._books.block(handle, mode)
+            elif isinstance(message, Opened):
+                self._open_answer(message.error)
+            else:
+                assert isinstance(message, SpaceGone)
+                self._end(message.reason)
+
+    def broken(self, reason: str) -> None:
+        self._end(f"the connection to the lock service broke: {reason}")
+
+    def _open_answer(self, error: str) -> None:
+        if self._opened.done():
+            return
+        if error:
+            self._opened.set_exception(ClusterError(error))
+        else:
+            self._opened.set_result(None)
+
+    def _end(self, reason: str) -> None:
+        if not self.lost.done():
+            self.lost.set_result(reason)
+        self._open_answer(reason)
+        if self._connection is not None:
+            self._connection.close()
+
+
+@final
+class NativeBackend:
+    """One client of a lockspace engine in this process."""
+
+    def __init__(self, world: World, native: NativeLockspace, client: int = 1) -> None:
+        self.name: Final = native.name
+        self.lost: asyncio.Future[str] = world.future()
+        self._native = native
+        self._client = client
+        self._books = Books()
+        self._queue: list[Callable[[], None]] = []
+        native.completed = self._completed
+        native.blocked = self._blocked
+        native.lost = self._lost
+
+    @property
+    def valid(self) -> bool:
+        return not self.lost.done() and self._native.valid
+
+    def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
+        if self.lost.done():
+            raise LockLost(self.lost.result())
+        handles, operations = self._books.enter(requests, completed, blocking)
+        self._native.submit(self._client, operations)
+        return handles
+
+    def forget(self, handle: int) -> None:
+        self._books.forget(handle)
+
+    async def close(self) -> None:
+        self._native.client_gone(self._client)
+        await self._native.close()
+
+    # Completions never come from within `submit`: what the engine decides at once waits for the next loop turn.
+
+    def _completed(self, _client: int, handle: int, cookie: int, completion: Completion) -> None:
+        self._later(lambda: self._books.complete(handle, cookie, completion))
+
+    def _blocked(self, _client: int, handle: int, mode: int) -> None:
+        self._later(lambda: self._books.block(handle, mode))
+
+    def _lost(self, reason: str) -> None:
+        if not self.lost.done():
+            self.lost.set_result(reason)
+
+    def _later(self, call: Callable[[], None]) -> None:
+        if not self._queue:
+            asyncio.get_running_loop().call_soon(self._drain)
+        self._queue.append(call)
+
+    def _drain(self) -> None:
+        queue, self._queue = self._queue, []
+        for call in queue:
+            call()
