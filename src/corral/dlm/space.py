@@ -1,0 +1,196 @@
+"""The tables of one lockspace on one member: resources, locks of local clients, copies mastered for others, directory.
+
+Resources are in one table whether mastered here or not. Locks of this process are kept per client, so that a client's
+death needs no search; master copies are kept per holder, so that a member's death needs none. A resource nobody uses
+stays for the toss time, because the next user is probably the last one; then its master tells the directory, which
+remembers only the highest token of all removed names (the floor) and starts each new mastery above it (DLM-2).
+
+The directory node of a name is a pure function of the name and the sorted members, the same on every member.
+"""
+
+from typing import Final, final
+from zlib import crc32
+
+from corral.base.ids import MemberId
+from corral.base.time import FOREVER, SECOND, Instant, Nanoseconds
+from corral.dlm.resource import Lock, Resource
+from corral.dlm.wire import Remove
+
+LOCKS_MAX: Final = 4_000_000  # of this process, and again for each peer's copies
+FROZEN_MAX: Final = 1 << 20  # messages held while suspended
+TOSSED_MAX: Final = 100_000  # unused resources kept for their next user
+TOSS_NS: Final = 10 * SECOND
+LOOKUPS_MAX: Final = 1 << 20
+
+TOKEN_SHIFT: Final = 32
+
+
+@final
+class Counters:
+    """What happened, for status and metrics. Only ever rising."""
+
+    __slots__ = (
+        "blocked",
+        "cancelled",
+        "conflicts",
+        "deadlocks",
+        "granted",
+        "hostile",
+        "invalidated",
+        "lookups",
+        "not_queued",
+        "purged",
+        "received",
+        "recovered",
+        "remastered",
+        "rounds",
+        "sent",
+        "stale",
+        "timed_out",
+    )
+
+    def __init__(self) -> None:
+        self.granted = 0
+        self.not_queued = 0
+        self.blocked = 0
+        self.cancelled = 0
+        self.deadlocks = 0
+        self.timed_out = 0
+        self.lookups = 0
+        self.sent = 0
+        self.received = 0
+        self.stale = 0  # answers to operations that are over: harmless
+        self.hostile = 0  # messages no correct member sends: dropped
+        self.rounds = 0
+        self.purged = 0
+        self.remastered = 0
+        self.recovered = 0
+        self.invalidated = 0
+        self.conflicts = 0  # recovered locks that exclude each other: somebody is wrong
+
+    def items(self) -> list[tuple[str, int]]:
+        return [(name, getattr(self, name)) for name in self.__slots__]
+
+
+@final
+class Space:
+    def __init__(self, me: MemberId, value_size: int, toss_ns: Nanoseconds) -> None:
+        self.me = me
+        self.value_size = value_size
+        self.toss_ns = toss_ns
+        self.members: tuple[MemberId, ...] = ()
+        self.base_token = 0  # round << 32
+        self.floor = 0
+        self.resources: dict[bytes, Resource] = {}
+        self.clients: dict[int, dict[int, Lock]] = {}
+        self.lock_count = 0
+        self.copies: dict[MemberId, dict[int, Lock]] = {}
+        self.directory: dict[bytes, MemberId] = {}
+        self.tossed: dict[bytes, Instant] = {}  # in order of deadline, because the toss time is one and the same
+        self.counters = Counters()
+        self.send: list[tuple[MemberId, object]] = []
+
+    # --- names and masters -----------------------------------------------------------------------------------------
+
+    def directory_of(self, name: bytes) -> MemberId:
+        return self.members[crc32(name) % len(self.members)]
+
+    def assign(self, name: bytes, asking: MemberId) -> MemberId:
+        """As directory: who masters `name`? The first to ask does."""
+        master = self.directory.get(name)
+        if master is None:
+            self.directory[name] = master = asking
+        return master
+
+    def become_master(self, resource: Resource, floor: int) -> None:
+        resource.master = self.me
+        resource.complete = True
+        resource.confirmed = True
+        token = max(self.base_token, floor)
+        if resource.token < token:
+            resource.token = token
+
+    def resource(self, name: bytes) -> Resource:
+        """The one of that name, made (with unknown master) if need be, and no longer tossed."""
+        resource = self.resources.get(name)
+        if resource is None:
+            self.resources[name] = resource = Resource(name, None)
+        elif name in self.tossed:
+            del self.tossed[name]
+        return resource
+
+    # --- locks -----------------------------------------------------------------------------------------------------
+
+    def find(self, lock_id: int) -> Lock | None:
+        """A lock of this process, by the number peers know it by."""
+        client = self.clients.get(lock_id >> 32)
+        return None if client is None else client.get(lock_id & 0xFFFFFFFF)
+
+    def drop_lock(self, now: Instant, lock: Lock) -> None:
+        """A lock of this process is over."""
+        client = lock.id >> 32
+        locks = self.clients[client]
+        del locks[lock.id & 0xFFFFFFFF]
+        if not locks:
+            del self.clients[client]
+        self.lock_count -= 1
+        resource = lock.resource
+        resource.processes -= 1
+        if not resource.processes and not resource.copies:
+            self.toss(now, resource)
+
+    def drop_copy(self, now: Instant, copy: Lock) -> None:
+        """A lock mastered for another member is over."""
+        holder = copy.holder
+        assert holder is not None, "DLM-3"
+        locks = self.copies[holder]
+        del locks[copy.id]
+        if not locks:
+            del self.copies[holder]
+        resource = copy.resource
+        resource.copies -= 1
+        if not resource.processes and not resource.copies:
+            self.toss(now, resource)
+
+    # --- unused resources ------------------------------------------------------------------------------------------
+
+    def toss(self, now: Instant, resource: Resource) -> None:
+        if resource.looking is not None:
+            return  # the answer will find it unused and toss it
+        name = resource.name
+        self.tossed.pop(name, None)
+        self.tossed[name] = now + self.toss_ns
+        if len(self.tossed) > TOSSED_MAX:
+            self._forget(next(iter(self.tossed)))
+
+    def toss_deadline(self) -> Instant:
+        for deadline in self.tossed.values():
+            return deadline
+        return FOREVER
+
+    def expire(self, now: Instant, limit: int) -> None:
+        """Forgets what nobody wanted for the toss time."""
+        while self.tossed and limit:
+            name = next(iter(self.tossed))
+            if self.tossed[name] > now:
+                return
+            self._forget(name)
+            limit -= 1
+
+    def _forget(self, name: bytes) -> None:
+        del self.tossed[name]
+        resource = self.resources.pop(name)
+        assert resource.idle, "DLM-3"
+        if not resource.complete:
+            return
+        node = self.directory_of(name)
+        if node == self.me:
+            self.removed(self.me, name, resource.token)
+        else:
+            self.send.append((node, Remove(name, resource.token)))
+
+    def removed(self, master: MemberId, name: bytes, token: int) -> None:
+        """As directory: `master` uses `name` no more."""
+        if self.directory.get(name) == master:
+            del self.directory[name]
+        self.floor = max(self.floor, token)

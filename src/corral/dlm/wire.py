@@ -1,0 +1,160 @@
+"""The lock manager's messages (docs/format/wire.md). Tags are append-only, fields are only ever appended.
+
+A lock is named by its holder's number for it: client << 32 | handle. `operation` counts the operations on that lock;
+a master that has answered operation n answers n again from its state, so resending is always safe. Round and group
+are in the frame: an engine only sees messages of the round it is in.
+"""
+
+from typing import Final
+
+import msgspec
+
+from corral.base.ids import MemberId
+from corral.wire.codec import Codec
+
+
+class Request(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=1):
+    """A new lock. With `lookup` it goes to the directory, which takes it as well if it is the master itself."""
+
+    lock: int
+    operation: int
+    name: bytes
+    mode: int
+    flags: int
+    owner: int
+    value: bytes | None
+    lookup: bool
+
+
+class Convert(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2):
+    lock: int
+    operation: int
+    mode: int
+    flags: int
+    value: bytes | None
+
+
+class Unlock(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=3):
+    """In whatever state the lock is; for a lock the master does not have the answer is EUNLOCK as well."""
+
+    lock: int
+    operation: int
+    flags: int
+    value: bytes | None
+
+
+class Cancel(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=4):
+    """Of `operation` if it still waits. Has no answer of its own: the operation's tells what happened."""
+
+    lock: int
+    operation: int
+
+
+class Completed(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=5):
+    """The one answer to an operation, sent at once or when it is granted."""
+
+    lock: int
+    operation: int
+    status: int
+    flags: int
+    mode: int
+    token: int
+    value: bytes | None
+    sequence: int
+    current: bool
+
+
+class Blocking(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=6):
+    lock: int
+    mode: int
+
+
+class Master(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=7):
+    """The directory's answer to a lookup. To the new master itself: start tokens above `floor`."""
+
+    name: bytes
+    master: MemberId
+    floor: int
+
+
+class NotMaster(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=8):
+    """To a Request that came to a member that does not master the name (any more, or yet): look up again."""
+
+    lock: int
+    operation: int
+
+
+class Remove(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=9):
+    """Master to directory: nobody uses this name any more; its tokens went up to `token`."""
+
+    name: bytes
+    token: int
+
+
+class Names(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=10):
+    """Recovery: I master these names of your directory share."""
+
+    names: list[bytes]
+
+
+class Claim(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=11):
+    """Recovery: who masters these names now? The first to ask does."""
+
+    names: list[bytes]
+
+
+class Masters(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=12):
+    """Recovery: the answer to a Claim, in its order."""
+
+    names: list[bytes]
+    masters: list[MemberId]
+
+
+class RecoverLock(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A lock as its holder knows it. `granted` IV: unknown (a PR/CW conversion). `requested` IV: idle."""
+
+    name: bytes
+    lock: int
+    owner: int
+    granted: int
+    requested: int
+    flags: int
+    operation: int
+    token: int
+    value: bytes | None
+    sequence: int
+    current: bool
+
+
+class RecoverLocks(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=13):
+    """Recovery: my locks on names that you master now."""
+
+    locks: list[RecoverLock]
+
+
+class Reached(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=14):
+    """Barrier: all I had to send in this stage has been sent to you before this."""
+
+    stage: int
+
+
+CHUNK: Final = 256  # names or locks in one recovery message
+
+CODEC: Final[Codec[object]] = Codec(
+    (
+        Request,
+        Convert,
+        Unlock,
+        Cancel,
+        Completed,
+        Blocking,
+        Master,
+        NotMaster,
+        Remove,
+        Names,
+        Claim,
+        Masters,
+        RecoverLocks,
+        Reached,
+    )
+)
