@@ -202,8 +202,12 @@ class Scheduler:
                 self._inspect(burst, handle)
             try:
                 handle._context.run(handle._callback, *handle._args)
-            except (KeyboardInterrupt, SystemExit):
+            except KeyboardInterrupt:
                 raise
+            except SystemExit as error:
+                if loop.on_exit is None:
+                    raise
+                loop.on_exit(error.code)
             except BaseException as error:
                 self._escaped(loop, error)
             if self._failure is not None:
@@ -242,6 +246,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self.clock = Clock() if clock is None else clock
         self.state = RUNNING
         self.context = copy_context()
+        self.on_exit: Callable[[Any], None] | None = None  # takes the code of a SystemExit that reaches this loop
         self._holds = 0
         self._held: list[SimHandle] = []
         self._tasks: list[asyncio.Task[Any]] = []

@@ -47,7 +47,7 @@ class Machine:
         self.sockets: dict[str, SimLocalListener] = {}
         self.pages: dict[str, bytearray] = {}
         self.states: dict[str, StateDirectory] = {}
-        self.disk_slowness = 1
+        self.slownesses: list[int] = []  # how many times slower its storage is; the largest counts
         self._installed: dict[str, Installed] = {}
         self._rosters: dict[str, Roster] = {}
         self._next_pid = 300
@@ -129,6 +129,10 @@ class Machine:
     def ephemeral_port(self) -> int:
         self._next_port = 32_768 + (self._next_port + 1) % 28_000
         return self._next_port
+
+    @property
+    def disk_slowness(self) -> int:
+        return max(self.slownesses, default=1)
 
     def roster(self, path: str) -> Roster:
         if path not in self._rosters:

@@ -78,6 +78,8 @@ class Process:
         )
         self.owns_loop = loop is None
         self.loop: SimLoop = SimLoop(simulation.scheduler, self.name, machine.clock) if loop is None else loop
+        if self.owns_loop:
+            self.loop.on_exit = self._exited
         self.rng = Random(simulation.rng.getrandbits(64))
         self.alive = True
         self.gone = False
@@ -123,11 +125,10 @@ class Process:
         self.spawn(self._main(main), "main")
 
     async def _main(self, main: Main) -> None:
-        try:
-            status = await main(self.world)
-        except SystemExit as error:
-            status = error.code if isinstance(error.code, int) else 1
-        self.exit(status or 0)
+        self.exit(await main(self.world) or 0)
+
+    def _exited(self, code: Any) -> None:
+        self.exit(code if isinstance(code, int) else int(code is not None))
 
     async def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """From outside (a test's body, another process): run this coroutine in here and return its result.

@@ -11,6 +11,7 @@ returns, and fails when an exception leaves any callback or task of any process,
 time stands still.
 """
 
+import asyncio
 from collections.abc import Coroutine
 from random import Random
 from typing import Any, TypeVar
@@ -92,6 +93,12 @@ class Simulation:
     def note(self, what: str) -> None:
         """A line of the body's own in the trace (and in the digest)."""
         self.trace.note(self.scheduler.now, "body", what)
+
+    async def wait_until(self, when: Instant) -> None:
+        """For the body: sleeps until this virtual time, to the nanosecond."""
+        woken = asyncio.Event()
+        self.loop.call_at_ns(when, woken.set)
+        await woken.wait()
 
     def power_cut(self) -> None:
         """All machines and devices at once."""

@@ -307,7 +307,7 @@ def test_a_slow_disk_is_slow_for_one_machine_or_for_all() -> None:
         one: Machine = sim.machines["n1"]
         slow = await one.attach("p").world.disk("/dev/shared")
         fast = await sim.machines["n2"].attach("p").world.disk("/dev/shared")
-        one.disk_slowness = 100_000
+        one.slownesses.append(100_000)
         assert await took(sim, slow.read(0, BLOCK)) > 5 * SECOND > SECOND > await took(sim, fast.read(0, BLOCK))
         sim.disks["/dev/shared"].slowness = 100_000
         assert await took(sim, fast.read(0, BLOCK)) > 5 * SECOND
