@@ -12,7 +12,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Any, Final, cast, final
+from typing import Any, Final, final
 
 from corral.base.ids import NodeId
 from corral.base.time import Instant
@@ -101,7 +101,18 @@ class RealNetwork:
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 sock = await self._connected(address)
-                await self._secure(sock, stream, credentials.client_context, server_side=False)
+                try:
+                    await self._loop.create_connection(
+                        lambda: stream,
+                        sock=sock,
+                        ssl=credentials.client_context,
+                        server_hostname="",
+                        ssl_handshake_timeout=HANDSHAKE_SECONDS,
+                        ssl_shutdown_timeout=LINGER_SECONDS,
+                    )
+                except BaseException:
+                    sock.close()
+                    raise
                 certified = self._identity(stream)
                 if certified != node:
                     raise ConnectionAbortedError(
@@ -147,34 +158,6 @@ class RealNetwork:
             if not isinstance(failure, ConnectionRefusedError):
                 raise OSError(failure.errno, f"{address}: {failure.strerror or failure}")
         raise ConnectionRefusedError(errno.ECONNREFUSED, f"nobody listens on {address}")
-
-    async def _secure(self, sock: socket.socket, stream: Stream, context: ssl.SSLContext, *, server_side: bool) -> None:
-        """The TLS handshake. We keep the TCP transport below because only it knows what has not left yet."""
-        loop = self._loop
-        try:
-            if server_side:
-                under, _ = await loop.connect_accepted_socket(_Plain, sock)
-            else:
-                under, _ = await loop.create_connection(_Plain, sock=sock)
-        except BaseException:
-            sock.close()
-            raise
-        try:
-            transport = await loop.start_tls(
-                under,
-                stream,
-                context,
-                server_side=server_side,
-                server_hostname=None if server_side else "",
-                ssl_handshake_timeout=HANDSHAKE_SECONDS,
-                ssl_shutdown_timeout=LINGER_SECONDS,
-            )
-        except BaseException:
-            under.abort()
-            raise
-        if transport is None:
-            raise ConnectionAbortedError(errno.ECONNABORTED, "closed during the handshake")
-        stream.attach(transport, under)
 
     def _identity(self, stream: Stream) -> NodeId | None:
         """The node of our cluster that the peer's certificate names."""
@@ -222,14 +205,6 @@ class RealNetwork:
     def abort(self) -> None:
         for stream in list(self._streams):
             stream.drop()
-
-
-@final
-class _Plain(asyncio.Protocol):
-    """Holds the TCP transport still until TLS takes it over: no byte of the handshake may be read before."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast(asyncio.Transport, transport).pause_reading()
 
 
 @final
@@ -318,18 +293,31 @@ class TlsListener:
 
     async def _handshake(self, sock: socket.socket, host: str) -> None:
         network = self._network
-        stream = Stream(self._loop, network._fatal, network._streams)
+        stream = Stream(self._loop, network._fatal, network._streams, lambda stream: self._established(stream, host))
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 _tune(sock)
-                await network._secure(sock, stream, self._credentials.server_context, server_side=True)
+                # TLS from the first byte: a plain transport in between could read, and lose, the peer's hello.
+                await self._loop.connect_accepted_socket(
+                    lambda: stream,
+                    sock,
+                    ssl=self._credentials.server_context,
+                    ssl_handshake_timeout=HANDSHAKE_SECONDS,
+                    ssl_shutdown_timeout=LINGER_SECONDS,
+                )
         except OSError as error:  # ssl.SSLError, a time-out and a broken connection are all OSErrors
+            stream.refuse("the handshake failed")
+            sock.close()
             network.counters.handshakes_failed += 1
             self._complain(host, f"{host} failed to authenticate to {self._address}: {_why(error)}")
-            return
         except asyncio.CancelledError:
+            stream.refuse("gave way")
             sock.close()
             raise
+
+    def _established(self, stream: Stream, host: str) -> None:
+        """The handshake is done: is it a node of this cluster?"""
+        network = self._network
         node = network._identity(stream)
         if node is None:
             network.counters.strangers += 1
@@ -344,7 +332,10 @@ class TlsListener:
         if self._closed:
             stream.refuse("no longer listening")
             return
-        stream.accept(self._accept(stream))
+        try:
+            stream.accept(self._accept(stream))
+        except Exception as error:
+            network._fatal(error, "accepting a connection")
 
     def _complain(self, source: str, sentence: str) -> None:
         self._network._complaints.about(self._network._now(), source, sentence)

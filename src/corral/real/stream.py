@@ -5,11 +5,13 @@ the connection before anything is buffered for it. The first message of a stream
 listens, once its owner has accepted the caller: so `connect` returns only when there really is somebody there who takes
 us, and a refusal by certificate is an error of `connect`, not a connection that breaks at once.
 
-Everything sent in one loop turn leaves in one write (measured.md: the biggest single lever of the transport).
+Everything sent in one loop turn leaves in one write (measured.md: the biggest single lever of the transport), up to
+WRITE_MAX; while the transport says it is full the rest waits here, where `pending` sees it.
 """
 
 import asyncio
 import struct
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, cast, final
 
@@ -21,6 +23,7 @@ from corral.wire.frame import HEADER
 MESSAGE_LIMIT: Final = MESSAGE_MAX + HEADER.size  # the longest message a stream carries
 GREETING: Final = b"corral stream 1\n"
 GREETING_LIMIT: Final = 64  # until the greeting came nothing longer is believed
+WRITE_MAX: Final = 256 << 10  # bytes given to the transport at once; it does not tell what the TCP layer below holds
 LINGER_SECONDS: Final = 2.0  # how long a closed stream may go on sending what was queued
 
 _LENGTH: Final = struct.Struct("<I")
@@ -31,10 +34,10 @@ Fatal = Callable[[BaseException, str], None]  # our own bug escaped to the loop:
 
 @final
 class Stream(asyncio.Protocol):
-    """One connection. For TLS `attach` is called once the handshake is done; for a Unix socket the loop calls
-    `connection_made`, which passes the stream on to `established`."""
+    """One connection. `established(stream)` is called when the transport is up (for TLS: after the handshake)."""
 
     __slots__ = (
+        "_backlog",
         "_chunks",
         "_closed",
         "_fatal",
@@ -47,11 +50,11 @@ class Stream(asyncio.Protocol):
         "_loop",
         "_need",
         "_out",
+        "_paused",
         "_queued",
         "_reason",
         "_reported",
         "_transport",
-        "_under",
         "_unread",
         "credentials",
         "established",
@@ -73,16 +76,17 @@ class Stream(asyncio.Protocol):
         self._live = live
         self._handler: ConnectionHandler | None = None
         self._transport: asyncio.Transport | None = None
-        self._under: asyncio.Transport | None = None  # TLS: the TCP transport below
         self._limit = GREETING_LIMIT
         self._greeted: asyncio.Future[bytes] | None = None  # connecting side: completed by the first message
         self._held: list[bytes] = []  # came with the greeting, before the handler was there
         self._chunks: list[bytes] = []
         self._unread = 0  # bytes in _chunks
         self._need = _LENGTH.size  # bytes that make the next message whole
-        self._out: list[Buffer] = []
-        self._queued = 0
+        self._out: list[Buffer] = []  # sent in this loop turn
+        self._backlog: deque[memoryview] = deque()  # of earlier turns, while the transport is full
+        self._queued = 0  # bytes in both
         self._flushing = False
+        self._paused = False  # the transport has enough for now
         self._closed = False
         self._reason = ""
         self._reported = False
@@ -93,8 +97,7 @@ class Stream(asyncio.Protocol):
     def pending(self) -> int:
         if self._transport is None or self._closed:
             return 0
-        below = 0 if self._under is None else self._under.get_write_buffer_size()
-        return self._queued + self._transport.get_write_buffer_size() + below
+        return self._queued + self._transport.get_write_buffer_size()
 
     def send(self, messages: Sequence[Buffer]) -> None:
         if self._closed:
@@ -116,11 +119,6 @@ class Stream(asyncio.Protocol):
         self._close("closed by this side", abort=False)
 
     # --- life -------------------------------------------------------------------------------------------------------
-
-    def attach(self, transport: asyncio.Transport, under: asyncio.Transport | None = None) -> None:
-        self._transport = transport
-        self._under = under
-        self._live.add(self)
 
     def accept(self, handler: ConnectionHandler) -> None:
         """Listening side: the owner took the caller. Tells it so and lets its messages through."""
@@ -163,7 +161,11 @@ class Stream(asyncio.Protocol):
     # --- called by the loop ------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.attach(cast(asyncio.Transport, transport))
+        self._transport = cast(asyncio.Transport, transport)
+        if self._closed:  # given up while the handshake was under way
+            self._transport.abort()
+            return
+        self._live.add(self)
         if self.established is not None:
             established, self.established = self.established, None
             established(self)
@@ -193,10 +195,12 @@ class Stream(asyncio.Protocol):
         self._report()
 
     def pause_writing(self) -> None:
-        """Nothing to do: comm watches `pending` and has its own bounds."""
+        self._paused = True
 
     def resume_writing(self) -> None:
-        pass
+        self._paused = False
+        if not self._closed:
+            self._pump()
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
@@ -253,22 +257,41 @@ class Stream(asyncio.Protocol):
             self._deliver(held)
 
     def _flush(self) -> None:
+        """At the end of a loop turn: from here on the senders' buffers are theirs again."""
         self._flushing = False
-        if not self._out or self._closed:
+        if self._closed:
             return
         out, self._out = self._out, []
-        self._queued = 0
-        assert self._transport is not None
-        self._transport.write(b"".join(out))
+        if out:
+            content = b"".join(out)
+            if len(content) <= WRITE_MAX and not self._paused and not self._backlog and self._transport is not None:
+                self._queued -= len(content)
+                self._transport.write(content)
+                return
+            self._backlog.append(memoryview(content))
+        self._pump()
+
+    def _pump(self) -> None:
+        """Hands to the transport what it takes."""
+        transport, backlog = self._transport, self._backlog
+        while backlog and not self._paused and transport is not None:
+            content = backlog.popleft()
+            if len(content) > WRITE_MAX:
+                backlog.appendleft(content[WRITE_MAX:])
+                content = content[:WRITE_MAX]
+            self._queued -= len(content)
+            transport.write(content)
 
     def _close(self, reason: str, *, abort: bool) -> None:
         if self._closed:
             return
-        if not abort:
-            self._flush()
+        if not abort and self._transport is not None:
+            self._transport.write(b"".join((*self._backlog, *self._out)))
         self._closed = True
         self._reason = self._reason or reason
         self._out.clear()
+        self._backlog.clear()
+        self._queued = 0
         self._chunks.clear()
         transport = self._transport
         if transport is not None:

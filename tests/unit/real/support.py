@@ -15,9 +15,13 @@ from corral.real.world import RealWorld
 PATIENCE = 10.0  # seconds before a test that waits is called failed
 
 
-@functools.cache
 def authority(cluster: str, serial: int = 0) -> str:
     """A directory with a CA and nodes 1 to 3; another serial is another CA of the same name. Made once per session."""
+    return _authority(cluster, serial)
+
+
+@functools.cache
+def _authority(cluster: str, serial: int) -> str:
     directory = tempfile.TemporaryDirectory(prefix="corral-pki-")
     _kept.append(directory)
     pki.create_authority(directory.name, cluster)
