@@ -9,7 +9,7 @@ from corral.base.errors import ClusterError
 from corral.base.ids import NodeId
 from corral.cli import processes
 from corral.cli.layout import Layout
-from corral.fuse.mount import mounted_at, unmount
+from corral.fuse.mounting import mounted_at, unmount
 
 MOUNT_SECONDS: Final = 20.0
 

@@ -79,6 +79,8 @@ async def _live(node: Node, lock_service: list[str] | None) -> Ended:
         return await asyncio.shield(node.ended)
     except asyncio.CancelledError:
         # SIGTERM or SIGINT: leave cleanly, but not for longer than the others would need to fence us anyway.
+        if supervisor is not None:
+            supervisor.cancel()
         await node.leave()
         try:
             async with asyncio.timeout(2 * node.config.recover_ns / 1e9):
