@@ -56,6 +56,7 @@ from corral.cman.wire import (
     DISPLACING,
     EPOCH_MAX,
     FORGOTTEN,
+    OUTDATED,
     PROMISED,
     QUIET,
     STATEFUL,
@@ -124,6 +125,7 @@ class MembershipEngine:
         self._stateful: Final = stateful
         self._born: Final = now
         self._sessions: dict[NodeId, PeerUp] = {}
+        self._heard: set[NodeId] = set()  # whose Status has come in the present session
         self._rows: dict[NodeId, Row] = {}
         self._attempt: Attempt | None = None
         self._pending: Propose | None = None  # newest proposal accepted in this life
@@ -251,6 +253,7 @@ class MembershipEngine:
             self.dropped += 1
             return
         self._sessions[node] = event
+        self._heard.discard(node)
         self._tell(node, self._status(node))
         if self._leave_by != FOREVER:
             self._tell(node, Leaving(self.me.incarnation))
@@ -264,6 +267,7 @@ class MembershipEngine:
         if session is None or session.session != event.session or session.peer != event.peer:
             return
         del self._sessions[node]
+        self._heard.discard(node)
         view = self.view
         if view is not None and view.incarnation_of(node) == event.peer.incarnation:
             self._broken = True
@@ -366,9 +370,11 @@ class MembershipEngine:
                 self._due = min(self._due, until)
 
     def _propose_when_due(self, now: Instant, target: Target) -> None:
-        if any(member != self.me and member.node not in self._sessions for member in target.members):
+        if any(member != self.me and member.node not in self._heard for member in target.members):
             return  # its session comes back, or its link goes down soon
         due = max(self._starts(target), self._retry_at)
+        if self.stopped and self.state.promised.coordinator != self.me.node and self._promised_here:
+            due = max(due, self._progress_at + self.timing.phase_ns)  # another coordinator is at work
         if now >= due:
             self._prepare(now, target.members)
         else:
@@ -423,7 +429,7 @@ class MembershipEngine:
             for member in outsiders:
                 self._barred[member.node] = member.incarnation
                 self._tell(member.node, self._status(member.node))
-            self._abandon(now, at_once=bool(outsiders))
+            self._abandon(now, at_once=bool(outsiders) and self._failures < 3)
             return
         leaving = frozenset(NodeIncarnation(node, self._leaving[node]) for node in self._leaving)
         proposal = agreement.proposal_of(attempt, record, leaving)
@@ -471,9 +477,9 @@ class MembershipEngine:
         if NodeIncarnation(peer.node, peer.incarnation) not in attempt.members:
             return
         self._misses.pop(peer.node, None)
-        if nack.reason == DISPLACING:
-            self._stalled[peer.node] = now + self.timing.recover_ns
         self._abandon(now, at_once=nack.reason == PROMISED and self._failures == 0)
+        if nack.reason == DISPLACING:
+            self._retry_at = now + self.timing.detect_ns
 
     def _abandon(self, now: Instant, *, at_once: bool) -> None:
         """The members stay stopped, so this node tries again."""
@@ -512,7 +518,10 @@ class MembershipEngine:
             return
         if self.me not in members:
             return  # meant for an earlier life
+        self._stalled.pop(peer.node, None)
         reason = self._refusal(prepare, proposer)
+        if reason == OUTDATED:
+            self._tell(peer.node, self._status(peer.node))
         if reason:
             self._tell(peer.node, Nack(prepare.epoch, self.state.promised, reason))
             return
@@ -524,6 +533,8 @@ class MembershipEngine:
     def _refusal(self, prepare: Prepare, proposer: NodeIncarnation) -> int:
         if not self._willing():
             return UNWILLING
+        if proposer.incarnation < self.state.known.get(proposer.node, 0):
+            return OUTDATED
         if prepare.epoch <= self.state.promised.epoch:
             return PROMISED
         if not all(self._linked(member) for member in prepare.members):
@@ -611,18 +622,17 @@ class MembershipEngine:
 
     def _learn(self, view: View | None) -> None:
         """Somebody accepted this quorate view. If it leaves this incarnation out, others may go on without it."""
-        if view is None or (self.newest is not None and view.id <= self.newest.id):
+        if view is not None and (self.newest is None or view.id > self.newest.id):
+            self.newest = view
+        newest, own = self.newest, self.state.newest
+        if self._excluded or self._gone or newest is None or own is None:
             return
-        self.newest = view
-        own = self.state.newest
-        if self._excluded or self._gone or self.me in view.members or own is None or view.id <= own.id:
-            return
-        if self._entered():
+        if newest.id > own.id and self.me not in newest.members and self._entered():
             self._excluded = True
             self.stopped = True
             self._attempt = None
-            self._persist(ExcludedBy(view.id))
-            self._out.emit.append(Excluded(view))
+            self._persist(ExcludedBy(newest.id))
+            self._out.emit.append(Excluded(newest))
 
     def _told(self, peer: MemberId, status: Status) -> None:
         newest = status.newest
@@ -633,7 +643,9 @@ class MembershipEngine:
             self.dropped += 1
             return
         self._epoch_seen = max(self._epoch_seen, status.promised.epoch)
-        if status.known >= self.me.incarnation and not self._promised_here and not self._gone:
+        self._heard.add(peer.node)
+        mine = self.me.incarnation
+        if not self._gone and (status.known > mine or (status.known == mine and not self._promised_here)):
             # Members come into views by promising only: an earlier life made that promise, and it is forgotten.
             self._gone = True
             self._persist(Forgotten(status.known))

@@ -23,6 +23,7 @@ PROMISED: Final = 1  # a higher epoch, which the Nack carries
 UNWILLING: Final = 2  # leaving or excluded
 UNREACHABLE: Final = 3  # the link to another member of the proposal is not up from here
 DISPLACING: Final = 4  # a newcomer's proposal leaves out a member of a quorate view that is well
+OUTDATED: Final = 5  # a later incarnation of the proposer is known
 
 EPOCH_MAX: Final = 1 << 60  # a larger one is a peer's mistake: at a million views a second it takes 36,000 years
 ATTACHMENT_MAX: Final = 64 << 10
