@@ -56,7 +56,7 @@ class SimConnection:
         self.node = node
         self.credentials = credentials
         self.peer: SimConnection  # set by `join`
-        self.handler: ConnectionHandler  # set before anything can arrive
+        self.handler: ConnectionHandler | None = None  # None: not accepted yet, nobody to tell
         self.open = True
         self._flight: deque[Segment] = deque()  # on their way to the peer, in order of arrival
         self._stalled: list[Segment] = []
@@ -139,7 +139,8 @@ class SimConnection:
 
     def _report(self, reason: str) -> None:
         self._fabric.trace.note(self._scheduler.now, self.name, f"broken: {reason}")
-        self.handler.broken(reason)
+        if self.handler is not None:
+            self.handler.broken(reason)
 
     def _forget(self) -> None:
         self.process.connections.pop(self, None)
@@ -208,6 +209,7 @@ class SimConnection:
         if messages:
             sender._outstanding -= size
             self._fabric.trace.wire(now, self.name, "received", messages, size)
+            assert self.handler is not None
             self.handler.received(messages)
         if farewell is not None:
             self.breaks(farewell.reason)

@@ -10,6 +10,7 @@ a checker can say who wrote when.
 import asyncio
 import errno
 import mmap
+import zlib
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -164,7 +165,8 @@ class SimDisk:
     async def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         data = b"".join(buffers)
         self._check(offset, len(data))
-        await DiskWrite(self._device, self._process, offset, data).submit(len(data))
+        lent = [buffer for buffer in buffers if type(buffer) is not bytes]
+        await DiskWrite(self._device, self._process, offset, data, lent).submit(len(data))
 
     async def flush(self) -> None:
         self._check(0, 0)
@@ -250,12 +252,19 @@ class DiskRead(DiskOperation):
 
 
 class DiskWrite(DiskOperation):
-    def __init__(self, device: Device, process: "Process", offset: int, data: bytes) -> None:
+    def __init__(
+        self, device: Device, process: "Process", offset: int, data: bytes, lent: Sequence[Buffer] = ()
+    ) -> None:
         super().__init__(device, process)
         self.offset = offset
         self.data = data
+        self._lent = lent
+        self._lent_check = zlib.crc32(b"".join(lent)) if lent else 0
 
     def take_effect(self) -> None:
+        # A real device reads the caller's memory whenever it likes until the write has ended.
+        if self._lent and self.process.alive:
+            assert zlib.crc32(b"".join(self._lent)) == self._lent_check, "a buffer changed while it was being written"
         self.device.land(self, self.data, self.offset)
 
     def complete(self, error: OSError | None) -> None:

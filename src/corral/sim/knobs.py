@@ -16,7 +16,7 @@ class Knobs:
         self.datagram_loss = 0.0  # on links between machines
         self.datagram_repeat = 0.0
         self.datagram_backlog = 512  # datagrams the kernel keeps for a process that does not read
-        self.user_timeout = 5 * SECOND  # unacknowledged data breaks a connection after this (TCP_USER_TIMEOUT)
+        self.user_timeout = 15 * SECOND  # unacknowledged data breaks a connection after this (TCP_USER_TIMEOUT)
         self.connect_timeout = 5 * SECOND
         self.retry_first = 200 * MILLISECOND
         self.retry_last = 1600 * MILLISECOND
@@ -54,7 +54,7 @@ class Knobs:
         if rng.random() < 0.2:
             knobs.pid_max = 64  # pids are reused soon
         if rng.random() < 0.3:
-            knobs.user_timeout = rng.choice((1, 2, 20)) * SECOND
+            knobs.user_timeout = rng.choice((1, 2, 5, 60)) * SECOND
         return knobs
 
 

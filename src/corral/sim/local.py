@@ -5,6 +5,7 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from corral.base.time import SECOND
 from corral.base.world import Connection, ConnectionHandler, Credentials, Listener
 from corral.sim.connection import SimConnection, join
 from corral.sim.network import Accept, Fabric
@@ -26,6 +27,19 @@ class SimLocalListener:
         """The socket file stays until somebody removes it or listens there again, as after a crash."""
         self.open = False
         self.process.resources.pop(self, None)
+
+
+class Greeting:
+    """The handler of a connection that is not established yet."""
+
+    def __init__(self, connected: "asyncio.Future[None]") -> None:
+        self._connected = connected
+
+    def received(self, messages: list[bytes]) -> None:
+        raise AssertionError("a message before the greeting")
+
+    def broken(self, reason: str) -> None:
+        _complete(self._connected, ConnectionResetError(errno.ECONNRESET, f"not connected: {reason}"))
 
 
 class SimLocal:
@@ -50,6 +64,7 @@ class SimLocal:
             raise FileNotFoundError(errno.ENOENT, f"there is no socket {path}")
         if not listener.open:
             raise ConnectionRefusedError(errno.ECONNREFUSED, f"nobody listens on {path}")
+        connected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         server = listener.process
         link = self._fabric.link(client.machine.hosts[0], client.machine.hosts[0])
         here = SimConnection(
@@ -58,37 +73,42 @@ class SimLocal:
         there = SimConnection(
             self._fabric, server, link, f"{server.name} with {client.name} locally", None, _credentials(client)
         )
-        here.handler = handler
+        here.handler = Greeting(connected)
         join(here, there)
-        scheduler = self._fabric.scheduler
-        accepted = scheduler.now + link.latency()
-        here.not_before(accepted)
-        server.loop.deliver(accepted, _accept, listener, there)
-        # The kernel completes a local connect without the server: only what is sent waits for it.
-        delay = link.latency()
-        there.not_before(scheduler.now + delay)
-        connected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        scheduler.after(delay, _complete, connected)
+        # The kernel would connect at once; it is the greeting that a stopped server does not give.
+        now = self._fabric.scheduler.now
+        server.loop.deliver(now + link.latency(), self._accept, listener, there, connected)
         try:
-            await connected
-        except asyncio.CancelledError:
-            here.close()
+            async with asyncio.timeout(self._fabric.knobs.connect_timeout / SECOND):
+                await connected
+        except (OSError, asyncio.CancelledError):
+            here.abort()
             raise
+        here.handler = handler
         return here
+
+    def _accept(self, listener: SimLocalListener, connection: SimConnection, connected: "asyncio.Future[None]") -> None:
+        """In the server."""
+        if not connection.open or not connection.peer.open:
+            return
+        if not listener.open:
+            refusal = ConnectionRefusedError(errno.ECONNREFUSED, f"nobody listens on {listener.address}")
+            self._fabric.scheduler.after(0, _complete, connected, refusal)
+            return
+        delay = self._fabric.link(listener.process.machine.hosts[0], listener.process.machine.hosts[0]).latency()
+        connection.not_before(self._fabric.scheduler.now + delay)
+        connection.handler = listener.accept(connection)
+        self._fabric.scheduler.after(delay, _complete, connected, None)
 
 
 def _credentials(process: "Process") -> Credentials:
     return Credentials(process.pid, process.uid, process.gid)
 
 
-def _accept(listener: SimLocalListener, connection: SimConnection) -> None:
-    if connection.open:
-        if listener.open:
-            connection.handler = listener.accept(connection)
-        else:
-            connection.abort()
-
-
-def _complete(future: "asyncio.Future[None]") -> None:
-    if not future.done():
+def _complete(future: "asyncio.Future[None]", error: OSError | None) -> None:
+    if future.done():
+        return
+    if error is None:
         future.set_result(None)
+    else:
+        future.set_exception(error)

@@ -32,7 +32,7 @@ DEAD: Final = 2
 
 BURST_MAX: Final = 500_000  # steps at one virtual instant before it is called a live-lock
 STEPS_MAX: Final = 200_000_000
-COLLECT_MASK: Final = (1 << 18) - 1  # cyclic garbage is collected at fixed step counts, never by allocation counts
+COLLECT_EVERY: Final = 1 << 18  # cyclic garbage is collected at fixed step counts, never by allocation counts
 CLOSE_TRIES: Final = 32  # how often a buried coroutine may await in its `finally` blocks
 
 
@@ -104,6 +104,7 @@ class Scheduler:
         self._failure: BaseException | None = None
         self._burst_max = burst_max
         self._steps_max = steps_max
+        self._inspect_at = min(COLLECT_EVERY, steps_max + 1)
         self._generators: dict[int, SimLoop] = {}  # async generator -> the process that first iterated it
         self.kernel = SimLoop(self, "kernel")  # owns what happens whether or not a process lives: wires, disks, power
 
@@ -198,7 +199,7 @@ class Scheduler:
                 events._set_running_loop(loop)
             burst += 1
             self.steps += 1
-            if burst > self._burst_max or not self.steps & COLLECT_MASK:
+            if burst > self._burst_max or self.steps >= self._inspect_at:
                 self._inspect(burst, handle)
             try:
                 handle._context.run(handle._callback, *handle._args)
@@ -218,6 +219,7 @@ class Scheduler:
             raise LiveLock(f"{burst} steps at {self.now} ns without letting time pass; next in {handle._loop.name}")
         if self.steps > self._steps_max:
             raise LiveLock(f"{self.steps} steps taken by {self.now} ns")
+        self._inspect_at = min(self.steps + COLLECT_EVERY, self._steps_max + 1)
         gc.collect()
 
     def _escaped(self, loop: "SimLoop", error: BaseException) -> None:

@@ -269,6 +269,7 @@ class Attempt:
         self._link = fabric.route(process.machine, self._key[0])
         self._back = fabric.link(self._link.target, self._link.source)
         self._connection: SimConnection | None = None
+        self._waiting_for: Process | None = None
         self._over = False
         self._timeout = self._scheduler.after(
             fabric.knobs.connect_timeout,
@@ -306,6 +307,8 @@ class Attempt:
             wrong = OSError(errno.EPROTO, f"{self._address} is not node {self._node} of this cluster")
             self._travel(self._back, lambda: self._fail(wrong))
         else:  # the handshake needs the process: a paused one leaves the caller waiting
+            self._waiting_for = listener.process
+            listener.process.resources[self] = None
             listener.process.loop.deliver(self._scheduler.now, self._accept, listener)
 
     def _accept(self, listener: SimListener) -> None:
@@ -317,6 +320,7 @@ class Attempt:
             retry = self._scheduler.now + self._fabric.knobs.retry_first
             listener.process.loop.deliver(retry, self._accept, listener)
             return
+        self._wait_no_more()
         client, server = self._process, listener.process
         here = SimConnection(self._fabric, client, self._link, f"{client.name} with {server.name}", server.node, None)
         there = SimConnection(self._fabric, server, self._back, f"{server.name} with {client.name}", client.node, None)
@@ -345,8 +349,20 @@ class Attempt:
             if not self._future.done():
                 self._future.set_exception(error)
 
+    def close(self) -> None:
+        """The process that should have accepted is gone."""
+        self._wait_no_more()
+        if self._fabric.hosts[self._key[0]].powered:
+            reset = ConnectionResetError(errno.ECONNRESET, f"{self._address} went away")
+            self._travel(self._back, lambda: self._fail(reset))
+
+    def _wait_no_more(self) -> None:
+        if self._waiting_for is not None:
+            self._waiting_for.resources.pop(self, None)
+
     def abandon(self) -> None:
         self._over = True
+        self._wait_no_more()
         self._timeout.cancel()
         if self._connection is not None:
             self._connection.abort()

@@ -72,6 +72,7 @@ class Chatter:
             await disk.write(world.rng.randrange(16) * BLOCK, [world.random_bytes(BLOCK)])
             if world.rng.random() < 0.2:
                 await disk.flush()
+            await asyncio.sleep(world.rng.random() / 20)
 
 
 async def tell(sim: Simulation, order: Callable[[list[str]], Iterable[str]]) -> None:
@@ -83,12 +84,12 @@ async def tell(sim: Simulation, order: Callable[[list[str]], Iterable[str]]) -> 
     plan = draw_plan(
         sim.faults_rng,
         Scope(tuple(sim.machines), ("chatter",)),
-        duration_ns=12 * SECOND,
+        duration_ns=8 * SECOND,
         count=8,
         kinds=KINDS,
     )
     await inject(sim, plan)
-    await asyncio.sleep(3)
+    await asyncio.sleep(2)
 
 
 async def body(sim: Simulation) -> None:

@@ -39,7 +39,7 @@ def test_a_seed_takes_the_same_course_in_processes_with_other_hash_seeds() -> No
 
 
 def test_the_iteration_of_a_set_is_caught_between_hash_seeds() -> None:
-    courses = {run_elsewhere(f"{HERE}:hash_canary", 11, hash_seed=hash_seed).course for hash_seed in (1, 2, 3, 4)}
+    courses = {run_elsewhere(f"{HERE}:hash_canary", 11, hash_seed=hash_seed).course for hash_seed in (1, 2)}
     assert len(courses) > 1
 
 

@@ -10,6 +10,7 @@ import pytest
 from corral.base.time import SECOND
 from corral.base.world import StoreDamaged, World
 from corral.sim.disk import BLOCK, SECTOR, Flushed, Landed
+from corral.sim.loop import Escaped
 from corral.sim.machine import Machine
 from corral.sim.simulation import Simulation
 
@@ -295,6 +296,19 @@ def test_watchers_see_who_wrote_when_and_every_flush() -> None:
         assert landed.submitted < landed.landed <= flushed.submitted < flushed.completed
 
     with_disk(body)
+
+
+def test_a_buffer_that_changes_while_it_is_written_fails_the_run() -> None:
+    async def body(sim: Simulation) -> None:
+        disk = await sim.machines["n1"].attach("p").world.disk("/dev/shared")
+        buffer = bytearray(block(1))
+        task = asyncio.create_task(disk.write(0, [buffer]))
+        await asyncio.sleep(0)
+        buffer[0] = 9
+        await task
+
+    with pytest.raises(Escaped, match="a buffer changed"):
+        with_disk(body)
 
 
 def test_a_slow_disk_is_slow_for_one_machine_or_for_all() -> None:
