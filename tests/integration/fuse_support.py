@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from corral import fuse
-from corral.fuse.mount import FUSERMOUNT
+from corral.fuse.mounting import FUSERMOUNT
 from tests.integration.memfs import MemoryFilesystem
 
 ROOT_DIRECTORY = Path(__file__).parents[2]

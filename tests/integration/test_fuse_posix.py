@@ -28,7 +28,7 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.fixture(scope="module", params=list(VARIANTS.values()), ids=list(VARIANTS))
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     for mountpoint in mountpoint_in(tmp_path_factory.mktemp("fuse")):
         server = Server(mountpoint, *request.param)
@@ -43,7 +43,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def here(server: Server, request: pytest.FixtureRequest) -> Path:
     """A directory of the mount for this test."""
-    path = server.mountpoint / request.node.originalname
+    path = server.mountpoint / str(request.node.originalname)
     path.mkdir(exist_ok=True)
     return path
 
