@@ -1,0 +1,422 @@
+"""What applications hold: `lock()` over any backend that can submit requests.
+
+    space = LockSpace(world, backend)
+    async with space.lock("invoice-42", EX, timeout=5) as held:
+        held.token, held.value, held.value_valid
+
+One code path for every provider: a backend is the low level of `api.dlm.Lockspace` (`submit`) with a future that tells
+when everything is lost. Here are futures, task cancellation, kept locks and LockLost.
+
+- Cancelling a task that waits for a lock cancels the request; a grant on its way is given back (one force unlock does
+  both).
+- `keep=True`: leaving the body keeps the lock; the next `lock()` of that name and mode takes it again without a
+  message, with the same token, unless the lease has lapsed. It goes when somebody else wants the resource.
+- When the guarantee is lost for good, the body is cancelled and `async with` raises LockLost.
+"""
+
+import asyncio
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Final, Protocol, final
+
+from corral.api.dlm import (
+    ECANCEL,
+    EUNLOCK,
+    EX,
+    FORCEUNLOCK,
+    MODE_NAMES,
+    NOQUEUE,
+    VALBLK,
+    Completion,
+    Request,
+)
+from corral.base.errors import Busy, Cancelled, ClusterError, Deadlock, LockLost, TimedOut, WouldBlock
+from corral.base.ids import NAME_MAX
+from corral.base.time import Seconds, from_seconds
+from corral.base.world import World
+from corral.dlm.engine import ENOTCONN
+from corral.dlm.modes import EAGAIN, EBUSY, EDEADLK, EINVAL, ENOMEM, ETIMEDOUT, VALUE_TRANSFER, WRITE
+
+Completed = Callable[[int, Completion], None]
+Blocking = Callable[[int, int], None]
+
+KEPT_MAX: Final = 65_536  # idle kept locks of one lockspace; beyond, the longest idle is given back
+
+
+class Backend(Protocol):
+    """Where requests go. `completed` and `blocking` are never called from within `submit`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def lost(self) -> "asyncio.Future[str]":
+        """Resolves with the reason when every lock is lost for good."""
+
+    @property
+    def valid(self) -> bool:
+        """Whether held locks are guaranteed now: the lease runs."""
+
+    def submit(
+        self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None
+    ) -> list[int]: ...
+    def forget(self, handle: int) -> None:
+        """The lock of this handle is over."""
+
+    async def close(self) -> None: ...
+
+
+class FastBackend(Backend, Protocol):
+    """A backend that can complete a request within the call when nobody else is concerned."""
+
+    def submit_now(self, request: Request, blocking: Blocking | None) -> tuple[int, Completion] | None: ...
+
+
+def lock_name(resource: bytes | str) -> bytes:
+    name = resource.encode() if isinstance(resource, str) else resource
+    if not 0 < len(name) <= NAME_MAX:
+        raise ValueError(f"a lock name is 1 to {NAME_MAX} bytes, not {len(name)}")
+    return name
+
+
+def failure(completion: Completion, what: str) -> BaseException:
+    """The error that says what this status means."""
+    status = completion.status
+    if status == EAGAIN:
+        return WouldBlock(f"{what}: somebody holds it, and the request was not to wait")
+    if status == ETIMEDOUT:
+        return TimedOut(f"{what}: not granted within its timeout")
+    if status == EDEADLK:
+        return Deadlock(f"{what}: two conversions would wait for each other; unlock or convert down, then try again")
+    if status == ECANCEL:
+        return Cancelled(f"{what}: cancelled through another handle")
+    if status == ENOTCONN:
+        return LockLost(f"{what}: the lockspace is lost")
+    if status in (EBUSY, ENOMEM):
+        return Busy(f"{what}: another operation on this lock is under way, or there are too many locks")
+    if status == EINVAL:
+        return ValueError(f"{what}: these flags and modes do not go together")
+    return ClusterError(f"{what}: failed with status {status}")
+
+
+@final
+class HeldLock:
+    """Implements `api.dlm.Lock`."""
+
+    __slots__ = (
+        "_blocked",
+        "_handle",
+        "_in_use",
+        "_keep",
+        "_lost",
+        "_on_block",
+        "_space",
+        "_task",
+        "mode",
+        "resource",
+        "token",
+        "value",
+        "value_valid",
+    )
+
+    def __init__(self, space: "LockSpace", resource: bytes, keep: bool, on_block: Callable[[int], None] | None) -> None:
+        self.resource = resource
+        self.mode = -1
+        self.value = b""
+        self.value_valid = False
+        self.token = 0
+        self._space = space
+        self._handle = 0
+        self._keep = keep
+        self._on_block = on_block
+        self._blocked = 0  # the mode somebody waits for
+        self._in_use = True
+        self._lost = False
+        self._task: asyncio.Task[Any] | None = None
+
+    def __repr__(self) -> str:
+        mode = MODE_NAMES[self.mode] if self.mode >= 0 else "released"
+        return f"<lock {self.resource!r} {mode} token={self.token}>"
+
+    @property
+    def valid(self) -> bool:
+        return self.mode >= 0 and not self._lost and self._space.backend.valid
+
+    async def convert(
+        self, mode: int, *, wait: bool = True, value: bytes | None = None, timeout: Seconds | None = None
+    ) -> None:
+        self._check()
+        if not 0 <= mode <= EX:
+            raise ValueError(f"{mode} is not a lock mode")
+        # A conversion that would write the block unasked keeps its hands off.
+        writes = VALUE_TRANSFER[self.mode + 1][mode] == WRITE
+        flags = (VALBLK if value is not None or not writes else 0) | (0 if wait else NOQUEUE)
+        request = Request(
+            "convert", mode=mode, flags=flags, lock=self._handle, value=value, timeout_ns=_timeout_ns(timeout)
+        )
+        what = f"convert {self.resource!r} to {MODE_NAMES[mode]}"
+        self._take(await self._space.complete(request, what, self._handle), flags)
+
+    async def unlock(self, *, value: bytes | None = None) -> None:
+        self._check()
+        handle, self.mode = self._handle, -1
+        self._space.released(self)
+        flags = VALBLK if value is not None else 0
+        await self._space.complete(Request("unlock", flags=flags, lock=handle, value=value), "unlock", handle)
+
+    def _check(self) -> None:
+        if self._lost:
+            raise LockLost(f"{self.resource!r}: {self._space.lost_reason}")
+        if self.mode < 0:
+            raise ValueError(f"{self.resource!r} is not held any more")
+
+    def _take(self, completion: Completion, flags: int) -> None:
+        self.mode = completion.mode
+        self.token = completion.token
+        if flags & VALBLK:
+            self.value = completion.value
+            self.value_valid = completion.value_valid
+
+    def _told(self, _handle: int, mode: int) -> None:
+        """Somebody wants `mode`."""
+        if not self._in_use:
+            self._space.give_back(self)
+            return
+        self._blocked = max(self._blocked, mode)
+        if self._on_block is not None:
+            self._on_block(mode)
+
+
+@final
+class PendingLock:
+    """Implements `api.dlm.Pending`. Nothing is asked before it is awaited or entered."""
+
+    __slots__ = ("_flags", "_held", "_keep", "_mode", "_on_block", "_resource", "_space", "_timeout", "_used")
+
+    def __init__(
+        self,
+        space: "LockSpace",
+        resource: bytes,
+        mode: int,
+        flags: int,
+        timeout: Seconds | None,
+        keep: bool,
+        on_block: Callable[[int], None] | None,
+    ) -> None:
+        self._space = space
+        self._resource = resource
+        self._mode = mode
+        self._flags = flags
+        self._timeout = timeout
+        self._keep = keep
+        self._on_block = on_block
+        self._held: HeldLock | None = None
+        self._used = False
+
+    def __await__(self) -> Generator[Any, Any, HeldLock]:
+        return self._acquire().__await__()
+
+    async def _acquire(self) -> HeldLock:
+        if self._used:
+            raise ValueError("lock() was awaited already; call it again for another lock")
+        self._used = True
+        space = self._space
+        if self._keep:
+            kept = space.retake(self._resource, self._mode)
+            if kept is not None:
+                kept._on_block = self._on_block
+                return kept
+        held = HeldLock(space, self._resource, self._keep, self._on_block)
+        await space.acquire(held, self._mode, self._flags, _timeout_ns(self._timeout))
+        return held
+
+    async def __aenter__(self) -> HeldLock:
+        held = self._held = await self._acquire()
+        held._task = asyncio.current_task()
+        return held
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        held, self._held = self._held, None
+        assert held is not None, "entered before left"
+        task, held._task = held._task, None
+        if held._lost:
+            await self._lost(held, task, error)
+            return
+        if held.mode >= 0:
+            self._space.leave(held)
+
+    async def _lost(self, held: HeldLock, task: "asyncio.Task[Any] | None", error: BaseException | None) -> None:
+        """Turns the cancellation that the loss caused into LockLost; one that somebody else asked for goes on."""
+        if task is not None and task.uncancel() > 0 and isinstance(error, asyncio.CancelledError):
+            return
+        if task is not None and not isinstance(error, asyncio.CancelledError):
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)  # the body ended in the very turn of the loss: its cancellation is still to come
+        raise LockLost(f"{held.resource!r}: {self._space.lost_reason}") from error
+
+
+@final
+class LockSpace:
+    """Implements `api.dlm.Lockspace` over a backend."""
+
+    def __init__(self, world: World, backend: Backend) -> None:
+        self.backend: Final = backend
+        self.lost_reason = ""
+        self._world = world
+        self._now: Callable[[Request, Blocking | None], tuple[int, Completion] | None] | None
+        self._now = getattr(backend, "submit_now", None)
+        self._held: dict[int, HeldLock] = {}
+        self._kept: dict[tuple[bytes, int], HeldLock] = {}  # idle ones, longest idle first
+        self._waiting: set[asyncio.Future[Completion]] = set()
+        backend.lost.add_done_callback(self._lose)
+
+    @property
+    def name(self) -> str:
+        return self.backend.name
+
+    def lock(
+        self,
+        resource: bytes | str,
+        mode: int = EX,
+        *,
+        wait: bool = True,
+        timeout: Seconds | None = None,
+        keep: bool = False,
+        flags: int = 0,
+        on_block: Callable[[int], None] | None = None,
+    ) -> PendingLock:
+        if not 0 <= mode <= EX:
+            raise ValueError(f"{mode} is not a lock mode")
+        flags |= VALBLK if wait else VALBLK | NOQUEUE
+        return PendingLock(self, lock_name(resource), mode, flags, timeout, keep, on_block)
+
+    def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
+        return self.backend.submit(requests, completed, blocking)
+
+    async def close(self) -> None:
+        """Every lock of this lockspace is given back."""
+        self._kept.clear()
+        for held in list(self._held.values()):
+            held.mode = -1
+        self._held.clear()
+        await self.backend.close()
+
+    # --- for HeldLock and PendingLock --------------------------------------------------------------------------------
+
+    async def acquire(self, held: HeldLock, mode: int, flags: int, timeout_ns: int) -> None:
+        request = Request("lock", held.resource, mode, flags, timeout_ns=timeout_ns)
+        if self._now is not None and (done := self._now(request, held._told)) is not None:
+            held._handle, completion = done
+        else:
+            what = f"lock {held.resource!r} {MODE_NAMES[mode]}"
+            completion = await self.complete(request, what, 0, held)
+        held._take(completion, VALBLK)
+        self._held[held._handle] = held
+        if self.lost_reason:
+            self._lose_one(held)
+            held._check()
+
+    async def complete(self, request: Request, what: str, handle: int, held: HeldLock | None = None) -> Completion:
+        """Submits and waits. Raises what the status means."""
+        if self.lost_reason:
+            raise LockLost(f"{what}: {self.lost_reason}")
+        if self._now is not None and request.op != "lock" and (done := self._now(request, None)) is not None:
+            return done[1]
+        answer: asyncio.Future[Completion] = self._world.future()
+
+        def completed(_handle: int, completion: Completion) -> None:
+            if not answer.done():
+                answer.set_result(completion)
+
+        (handle,) = self.backend.submit([request], completed, None if held is None else held._told)
+        if held is not None:
+            held._handle = handle
+        self._waiting.add(answer)
+        try:
+            completion = await answer
+        except asyncio.CancelledError:
+            if request.op == "lock":
+                self._drop(handle)
+            elif request.op == "convert":
+                self.backend.submit([Request("cancel", lock=handle)], _ignored)
+            raise
+        finally:
+            self._waiting.discard(answer)
+        if completion.status in (0, EUNLOCK):
+            return completion
+        if request.op == "lock":
+            self.backend.forget(handle)
+        raise failure(completion, what)
+
+    def leave(self, held: HeldLock) -> None:
+        """The body is over: keep the lock or give it back."""
+        if held._keep and not held._blocked and (held.resource, held.mode) not in self._kept:
+            held._in_use = False
+            self._kept[held.resource, held.mode] = held
+            if len(self._kept) > KEPT_MAX:
+                self.give_back(next(iter(self._kept.values())))
+        else:
+            self.give_back(held)
+
+    def retake(self, resource: bytes, mode: int) -> HeldLock | None:
+        """A kept lock, while its guarantee holds."""
+        if not self._kept or not self.backend.valid:
+            return None
+        held = self._kept.pop((resource, mode), None)
+        if held is not None:
+            held._in_use = True
+        return held
+
+    def give_back(self, held: HeldLock) -> None:
+        """Unlocks without waiting for the answer."""
+        if held.mode < 0 or held._lost:
+            return
+        self._kept.pop((held.resource, held.mode), None)
+        held.mode = -1
+        self.released(held)
+        self._drop(held._handle)
+
+    def released(self, held: HeldLock) -> None:
+        self._held.pop(held._handle, None)
+        self.backend.forget(held._handle)
+
+    # --- leaves ------------------------------------------------------------------------------------------------------
+
+    def _drop(self, handle: int) -> None:
+        """Ends a lock in whatever state it is: held, asked for, or granted while nobody looked."""
+        self.backend.forget(handle)
+        if self.lost_reason:
+            return
+        request = Request("unlock", flags=FORCEUNLOCK, lock=handle)
+        if self._now is None or self._now(request, None) is None:
+            self.backend.submit([request], _ignored)
+
+    def _lose(self, lost: "asyncio.Future[str]") -> None:
+        self.lost_reason = lost.result() or "the lockspace is lost"
+        self._kept.clear()
+        for held in list(self._held.values()):
+            self._lose_one(held)
+        self._held.clear()
+        for answer in list(self._waiting):
+            if not answer.done():
+                answer.set_exception(LockLost(self.lost_reason))
+
+    def _lose_one(self, held: HeldLock) -> None:
+        held._lost = True
+        held.value_valid = False
+        if held._task is not None:
+            held._task.cancel("the lock is lost")
+
+
+def _timeout_ns(timeout: Seconds | None) -> int:
+    if timeout is None:
+        return 0
+    if timeout <= 0:
+        raise ValueError("a timeout is above zero; use wait=False for not waiting at all")
+    return from_seconds(timeout)
+
+
+def _ignored(_handle: int, _completion: Completion) -> None:
+    """Nobody waits for this answer."""
