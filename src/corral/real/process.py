@@ -55,7 +55,7 @@ def _open_pidfd(pid: int) -> int | None:
     except ProcessLookupError:
         return None
     except OSError as error:
-        if error.errno == errno.EINVAL:
+        if error.errno in (errno.EINVAL, errno.ENOENT):  # a thread's number; newer kernels say ENOENT
             return None
         raise
 
