@@ -54,6 +54,10 @@ class StateDirectory:
         """For checkers: what is on disk now."""
         return list(self._files[name].records) if name in self._files else []
 
+    def put(self, name: str, records: Sequence[bytes]) -> None:
+        """For tests: what an administrator's tool wrote there before."""
+        self._files.setdefault(name, StoreFile()).records = list(records)
+
     def check_writable(self) -> None:
         if self.fail_after is not None:
             if self.fail_after <= 0:
