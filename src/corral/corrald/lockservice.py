@@ -15,11 +15,10 @@ from corral.api.dlm import Completion
 from corral.base.errors import ClusterError, ConfigurationError, PeerError
 from corral.base.ids import NAME_MAX
 from corral.base.world import Connection, World
-from corral.comm.actions import Limits
+from corral.providers.endpoint import native_endpoint
 from corral.providers.ipc_wire import (
     FROM_LOCK_SERVICE,
     TO_LOCK_SERVICE,
-    Attached,
     BlockingBatch,
     CloseSpace,
     CompletedBatch,
@@ -29,7 +28,6 @@ from corral.providers.ipc_wire import (
     SpaceGone,
     SubmitBatch,
 )
-from corral.providers.native_comm import NativeComm
 from corral.providers.native_dlm import NativeLockspace
 from corral.providers.participant import Participant
 from corral.real import pki
@@ -43,18 +41,6 @@ BATCH_MAX: Final = 4096  # requests in one message
 UNREAD_MAX: Final = 16 << 20  # bytes a client may leave unread
 
 log = logging.getLogger("corral.locks")
-
-
-def native_endpoint(world: World, identity: Attached, ticket: bytes) -> NativeComm:
-    """The comm endpoint of a participant of a native cluster."""
-    return NativeComm(
-        world,
-        identity.me,
-        cluster=identity.cluster,
-        cluster_uuid=identity.cluster_uuid,
-        limits=Limits.for_detect(identity.detect_ns, identity.recover_ns),
-        ticket=ticket,
-    )
 
 
 @final
