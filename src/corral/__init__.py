@@ -1,0 +1,67 @@
+"""corral: cluster services for Linux. What an application needs is here; each name is loaded when it is first used."""
+
+from typing import TYPE_CHECKING, Any
+
+from corral.api.dlm import CR, CW, EX, NL, PR, PW
+from corral.base.errors import (
+    Busy,
+    Cancelled,
+    ClusterError,
+    ConfigurationError,
+    Deadlock,
+    FenceError,
+    LockLost,
+    NoQuorum,
+    NotMember,
+    ProviderError,
+    TimedOut,
+    WouldBlock,
+)
+
+if TYPE_CHECKING:
+    from corral import sync
+    from corral.doors import connect, local
+    from corral.node.node import Node
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CR",
+    "CW",
+    "EX",
+    "NL",
+    "PR",
+    "PW",
+    "Busy",
+    "Cancelled",
+    "ClusterError",
+    "ConfigurationError",
+    "Deadlock",
+    "FenceError",
+    "LockLost",
+    "NoQuorum",
+    "Node",
+    "NotMember",
+    "ProviderError",
+    "TimedOut",
+    "WouldBlock",
+    "connect",
+    "local",
+    "sync",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # A daemon that imports corral.base must not pay for doors it does not open.
+    import importlib
+
+    if name in ("connect", "local"):
+        value = getattr(importlib.import_module("corral.doors"), name)
+    elif name == "sync":
+        value = importlib.import_module("corral.sync")
+    elif name == "Node":
+        value = importlib.import_module("corral.node.node").Node
+    else:
+        raise AttributeError(f"module 'corral' has no attribute {name!r}")
+    globals()[name] = value
+    return value

@@ -90,7 +90,8 @@ class RealTimer:
 
 @final
 class RealWorld:
-    """Must be made while the loop runs. `credentials` (pki.load) are needed for network connections only."""
+    """Must be made while the loop runs. `guest`: the loop belongs to an application. `credentials` (pki.load) are
+    needed for network connections only."""
 
     def __init__(
         self,
@@ -98,6 +99,7 @@ class RealWorld:
         credentials: Credentials | None = None,
         *,
         fatal: Callable[[BaseException, str], None] = end_process,
+        guest: bool = False,
     ) -> None:
         self.pulse: Pulse | None = None  # set by run.run
         self._loop = asyncio.get_running_loop()
@@ -114,7 +116,8 @@ class RealWorld:
         self._network = RealNetwork(self._loop, credentials, boottime, self.fatal)
         self._local = RealLocal(self._loop, self.fatal)
         self._process = RealProcesses(self._loop, self._process_workers)
-        self._loop.set_exception_handler(self._escaped)
+        if not guest:  # the loop of an application has its own idea of what escapes to it
+            self._loop.set_exception_handler(self._escaped)
 
     # --- the contract -----------------------------------------------------------------------------------------------
 
