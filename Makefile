@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help check lint types floors unit test demo system clean
+.PHONY: help install check lint types floors unit test demo system clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -30,9 +30,20 @@ floors: $(STAMP)  ## import-linter: imports go down only
 	$(BIN)/lint-imports --no-cache
 
 unit: $(STAMP)  ## unit tests and scenarios
-	$(BIN)/pytest tests/unit tests/scenario
+	$(BIN)/pytest -n 2 tests/unit tests/scenario
 
 check: lint types floors unit  ## what every commit passes: under a minute
+
+test: lint types floors $(STAMP)  ## everything a change must pass: check, simulation, conformance, integration
+	$(BIN)/pytest -n 2 tests/unit tests/scenario tests/conformance tests/sim
+	$(BIN)/pytest tests/integration
+
+system:  ## install the Debian packages that tests and demo need
+	@set -e; packages=$$(sed 's/#.*//' system-packages.txt); \
+	missing=$$(for p in $$packages; do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" != 0 ]; then echo "missing packages; install them with: sudo apt-get install -y" $$missing; exit 1; fi; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
