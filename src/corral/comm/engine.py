@@ -192,11 +192,14 @@ class CommEngine:
         code = self._judge(hello, guest, session)
         if code:
             detail = f"{wire.REFUSALS[code]}: member {hello.me}"
-            if code not in (wire.REFUSE_WAIT, wire.REFUSE_SESSION):
+            if code not in (wire.REFUSE_WAIT, wire.REFUSE_SESSION, wire.REFUSE_SIDE):
                 self._shared.counters.reject(f"hello with {wire.REFUSALS[code]}", guest.node, detail)
             refusal = wire.control(REFUSE, 0, 0, Refuse(code, self.me, detail))
             self.out.append(Write(connection, [refusal]))
             self.out.append(Shut(connection))
+            if code == wire.REFUSE_SIDE and session is not None:
+                session.summoned(now, hello)
+                self._note(session)
             return
         assert session is not None
         old = session.connection

@@ -8,11 +8,12 @@ learns how much the other has and sends the rest again. A session ends, on each 
     incarnation or no longer knows the session · its queue passes the byte bound or stalls · the peer breaks the
     protocol, or closes it in order · drop
 
-and the caller then opens the next one under a higher number. The callee never opens; while it misses the caller of a
-living session it *probes* the caller's address, only to hear whether the connection is refused.
+and the caller then opens the next one under a higher number. The callee never opens; while it misses the caller it
+connects to say a HELLO too, the *summons*: that connection never carries a session, but shows whether anybody listens
+there, and a caller that has not noticed the break of the connection named in it calls again.
 
-    caller   idle ─Connect─► dialing ─connected, HELLO─► greeting ─WELCOME─► open ─broken─► idle
-    callee   idle ─HELLO accepted, WELCOME─► open ─broken─► idle (probing while the session lives)
+    caller   idle ─Connect─► dialing ─connected, HELLO─► greeting ─WELCOME─► open ─broken or summoned─► idle
+    callee   idle ─HELLO accepted, WELCOME─► open ─broken─► idle (summoning, until refused)
 
 `alive` says whether a session exists, `connection` whether it has one now; the two vary independently.
 
@@ -345,8 +346,9 @@ class SessionEngine:
         self._sealer = None
         self._openers.clear()
         out.append(PeerDown(self.peer, self.session, reason, refused))
-        if self.caller and not self._attempt:
-            self._backoff = self._shared.limits.backoff_min_ns
+        if not self._attempt and (self.caller or not refused):
+            limits = self._shared.limits
+            self._backoff = limits.backoff_min_ns if self.caller else limits.backoff_max_ns
             self._retry(now)
 
     def forget(self, now: Instant, code: int, reason: str) -> None:
@@ -361,9 +363,12 @@ class SessionEngine:
     # --- connecting ---------------------------------------------------------------------------------------------------
 
     def start(self, now: Instant) -> None:
-        """The caller begins to call."""
+        """The caller calls; the callee summons it later, in case it takes a dead connection for a living one."""
         if self.caller:
             self._dial(now)
+        else:
+            self._backoff = self._shared.limits.backoff_max_ns
+            self._retry(now)
 
     def readdress(self, now: Instant, address: str, ticket: bytes) -> None:
         """The peer is to be found elsewhere or under another ticket; a living session is not touched."""
@@ -387,8 +392,6 @@ class SessionEngine:
 
     def _retry(self, now: Instant) -> None:
         """Try again after the back-off, which doubles up to a bound that is lower while a session hangs on it."""
-        if not (self.caller or self.alive):
-            return
         limits = self._shared.limits
         self._backoff = min(self._backoff, limits.reconnect_max_ns if self.alive else limits.backoff_max_ns)
         self._retry_at = now + self._backoff
@@ -396,20 +399,18 @@ class SessionEngine:
         self._wake(self._retry_at)
 
     def connected(self, now: Instant, attempt: int, connection: int, half: bytes) -> bool:
-        """An attempt succeeded. False: nobody wanted it any more, or it was a probe; the runner closes it."""
+        """An attempt succeeded. False: nobody wanted it any more; the runner closes it."""
         if attempt != self._attempt:
             return False
         self._attempt = 0
         self._attempt_at = FOREVER
-        if not self.caller:
-            self._retry(now)  # somebody listens; whether the caller lives, its own call will tell
-            return False
         identity = self._shared.identity
         self._greeting = connection
         self._greeting_at = now + self._shared.limits.handshake_ns
         self._half = half
         self._wake(self._greeting_at)
-        self._seen_attempt = attempt
+        if self.caller:
+            self._seen_attempt = attempt
         peer = self.peer
         hello = Hello(
             identity.cluster,
@@ -417,7 +418,7 @@ class SessionEngine:
             identity.me,
             peer if self.alive or peer.serial else peer._replace(incarnation=0),
             identity.ticket,
-            attempt,
+            self._seen_attempt,
             self.session if self.alive else 0,
             self._received,
             VERSION,
@@ -437,8 +438,8 @@ class SessionEngine:
         self._attempt_at = FOREVER
         if refused and self.alive:
             self._end(now, f"the reconnect was refused: {reason}", say=None, refused=True)
-        else:
-            self._retry(now)
+        elif self.caller or not refused:
+            self._retry(now)  # a caller that is not there has no connection to be wrong about
 
     def broken(self, now: Instant, connection: int, reason: str) -> None:
         """The connection is gone; the session, if it carried one, lives on for session_timeout."""
@@ -472,6 +473,8 @@ class SessionEngine:
                 raise PeerError(f"frame kind {first.kind} instead of WELCOME or REFUSE")
             body = wire.body_of(first)
             if isinstance(body, Welcome):
+                if not self.caller:
+                    raise PeerError("WELCOME to a summons")
                 self._check_welcome(body, first.session)
         except PeerError as error:
             self._shared.counters.reject("malformed answer to a hello", self.peer.node, str(error))
@@ -529,7 +532,8 @@ class SessionEngine:
         self._shared.out.append(Shut(self._greeting))
         self._greeting = 0
         self._greeting_at = FOREVER
-        if body.code not in (wire.REFUSE_WAIT, wire.REFUSE_SESSION, wire.REFUSE_TARGET):
+        summons_heard = body.code == wire.REFUSE_SIDE and not self.caller
+        if not summons_heard and body.code not in (wire.REFUSE_WAIT, wire.REFUSE_SESSION, wire.REFUSE_TARGET):
             self._shared.counters.reject(f"hello refused: {text}", peer.node, _printable(body.reason))
         same_place = (body.me.node, body.me.serial) == (peer.node, peer.serial)
         if same_place and not peer.serial and body.me.incarnation > peer.incarnation:
@@ -537,7 +541,7 @@ class SessionEngine:
         elif body.code == wire.REFUSE_TARGET and not same_place:
             # Another process of that node listens there now: whoever had the address does not any more.
             self._end(now, f"member {body.me} listens at the address of {peer}", say=None, refused=True)
-        elif self.alive:
+        elif self.alive and not summons_heard:
             self._end(now, f"the peer does not know the session: {text}", say=None)
         if self._retry_at == FOREVER:
             self._retry(now)
@@ -557,12 +561,12 @@ class SessionEngine:
     def judge(self, hello: Hello) -> int:
         """0, or the REFUSE code for a hello whose cluster, version and certificate are in order. Changes nothing."""
         known = self.peer
-        if self.caller:
-            return wire.REFUSE_SIDE
         if not hmac.compare_digest(hello.ticket, self._ticket):
             return wire.REFUSE_TICKET
         if hello.me.incarnation < known.incarnation:
             return wire.REFUSE_INCARNATION
+        if self.caller:
+            return wire.REFUSE_SIDE
         newer = hello.me.incarnation > known.incarnation
         if hello.attempt <= (0 if newer else self._seen_attempt):
             return wire.REFUSE_ATTEMPT
@@ -573,6 +577,18 @@ class SessionEngine:
         if not self._acked <= hello.received <= self._sent:
             return wire.REFUSE_PROTOCOL
         return 0
+
+    def summoned(self, now: Instant, hello: Hello) -> None:
+        """The callee misses us: it was refused with SIDE, and we call again unless we did already."""
+        assert self.caller
+        if hello.me.incarnation > self.peer.incarnation:
+            self._learn(now, hello.me)
+        elif self.connection and hello.attempt == self._seen_attempt:
+            connection = self.connection
+            self._shared.out.append(Shut(connection))
+            self.broken(now, connection, "the peer lost it")
+        if not (self.connection or self._attempt or self._greeting):
+            self._dial(now)
 
     def accept(self, now: Instant, connection: int, hello: Hello, half: bytes) -> None:
         """A hello that `judge` found good: this connection carries the session from here on (COMM-6)."""
@@ -617,6 +633,7 @@ class SessionEngine:
         if self._attempt:
             self._shared.out.append(Abandon(self._attempt))
             self._attempt = 0
+        self._drop_greeting()
         self.connection = connection
         self._attempt_at = self._retry_at = self._lost_at = FOREVER
         self._backoff = self._shared.limits.backoff_min_ns
@@ -673,7 +690,7 @@ class SessionEngine:
             self._check_age(now)
         if now >= self._retry_at:
             self._retry_at = FOREVER
-            if (self.caller or self.alive) and not (self._attempt or self._greeting or self.connection):
+            if not (self._attempt or self._greeting or self.connection):
                 self._dial(now)
         self.deadline = min(
             self._attempt_at, self._greeting_at, self._lost_at, self._ack_at, self._age_at, self._retry_at

@@ -160,6 +160,7 @@ class Rig:
             self.now = max(self.now, timer)
             host = self.hosts[address]
             host.engine.tick(self.now)
+            assert host.engine.deadline > self.now, "COMM-10: a deadline that was kept has to move"
             self.act(host)
         return True
 

@@ -81,11 +81,13 @@ def test_an_unknown_member_is_told_to_wait_and_not_complained_about(rig: Rig) ->
     assert host.rejects() == {}
 
 
-def test_the_higher_id_must_not_call(rig: Rig) -> None:
+def test_the_higher_id_can_summon_but_not_call(rig: Rig) -> None:
     host = rig.host(2)
     host.engine.add_node(rig.now, 3, "n3.0")
     heard = rig.say(rig.stranger(host, 3), hello(MemberId(3, 5, 0), MemberId(2, 0, 0)))
     assert refusal(heard).code == wire.REFUSE_SIDE
+    assert host.changes() == []
+    assert host.rejects() == {}
 
 
 def test_an_older_incarnation_never_replaces_a_newer(rig: Rig) -> None:

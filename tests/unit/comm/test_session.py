@@ -7,8 +7,8 @@ from corral.base.errors import Busy
 from corral.base.ids import MemberId
 from corral.base.time import MILLISECOND, SECOND
 from corral.comm.actions import Deliver, Limits
-from corral.wire.frame import ACK, USER_PORT_MIN, pack_header, parse
-from tests.unit.comm.rig import DETECT, Host, Rig, kinds
+from corral.wire.frame import ACK, REFUSE, USER_PORT_MIN, pack_header, parse
+from tests.unit.comm.rig import DETECT, Host, Rig, hello, kinds
 
 PORT = 64
 
@@ -307,6 +307,36 @@ def test_a_repeated_frame_is_dropped_and_counted(rig: Rig) -> None:
     assert two.messages() == [b"once"]
     assert two.engine.statistics().duplicates == 1
     assert len(two.changes()) == 1
+
+
+def test_a_caller_that_did_not_notice_the_break_is_summoned(rig: Rig) -> None:
+    for late in (5 * MILLISECOND, 3 * DETECT):  # before and after the session's end on the called side
+        rig = Rig()
+        one, two = connected(rig)
+        session = two.engine.session_of(one.member)
+        assert session is not None
+        end = two.ends[session.connection]
+        rig.cut.add(frozenset((1, 2)))
+        rig.breaks(end, "timed out")
+        end.peer.open = True
+        rig.run(late)
+        assert len(one.changes()) == 1
+        rig.cut.clear()
+        rig.run(2 * SECOND)
+        assert one.up.get(two.member) == two.up.get(one.member) is not None
+        send(one, two, b"again")
+        rig.run(10 * MILLISECOND)
+        assert two.messages() == [b"again"]
+
+
+def test_a_late_summons_does_no_harm(rig: Rig) -> None:
+    one, two = connected(rig)
+    rig.break_all()
+    rig.run(50 * MILLISECOND)
+    heard = rig.say(rig.stranger(one, 2), hello(two.member, one.member, attempt=1, resume=1))
+    assert kinds(heard) == [REFUSE]
+    assert len(one.ends) == len(two.ends) == 1
+    assert len(one.changes()) == 1
 
 
 def test_participants_need_their_announcement_and_ticket(rig: Rig) -> None:
