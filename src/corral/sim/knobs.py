@@ -21,7 +21,7 @@ class Knobs:
         self.retry_first = 200 * MILLISECOND
         self.retry_last = 1600 * MILLISECOND
         self.window = 256 << 10  # bytes that socket buffers take from a sender whose peer does not read
-        self.drift_ppm = 100  # a clock's rate differs from true time by at most this many millionths
+        self.drift_ppm = 100  # a clock's rate differs from true time by at most so many millionths
         self.disk_low = 60 * MICROSECOND
         self.disk_high = 4 * MILLISECOND
         self.disk_bytes_per_second = 1 << 30
@@ -51,6 +51,8 @@ class Knobs:
         if rng.random() < 0.3:
             knobs.disk_high *= rng.choice((4, 16))
             knobs.flush_high *= rng.choice((4, 16))
+        if rng.random() < 0.5:
+            knobs.drift_ppm = 2_490  # between two clocks nearly 5,000: all that rho allows (cman/timing.py)
         if rng.random() < 0.2:
             knobs.pid_max = 64  # pids are reused soon
         if rng.random() < 0.3:

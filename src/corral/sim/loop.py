@@ -53,28 +53,31 @@ class Escaped(SimulationError):
 
 
 class SimHandle(asyncio.TimerHandle):
-    """A callback that is ready or timed. `local` is its time on the machine's clock; None: set in virtual time."""
+    """A callback that is ready or timed. With a `clock`, `local` is its time on it; without, it follows virtual time."""
 
     __slots__ = ("clock", "local")
 
+    local: Instant
     _loop: "SimLoop"
     _context: Context
 
     def __init__(
         self, loop: "SimLoop", callback: Callable[..., Any], args: tuple[Any, ...], context: Context | None
     ) -> None:
-        # Deliberately not the base class's: it formats tracebacks and reads the debug flag for every callback.
+        # Not the base class's: that keeps more than is needed, and every step of a run passes here.
         self._loop = loop
         self._callback = callback
         self._args = args
         self._context = copy_context() if context is None else context
         self._cancelled = False
         self._scheduled = False
-        self._when = 0.0
-        self._repr = None
-        self._source_traceback = None
-        self.local: Instant | None = None
         self.clock: Clock | None = None
+
+    def __repr__(self) -> str:
+        return f"<SimHandle {self._callback} of {self._loop.name}>"
+
+    def when(self) -> float:
+        return self.local / SECOND
 
     def cancel(self) -> None:
         if not self._cancelled:
@@ -223,6 +226,8 @@ class Scheduler:
         gc.collect()
 
     def _escaped(self, loop: "SimLoop", error: BaseException) -> None:
+        if loop.state == DEAD:
+            return  # a process that killed itself is not heard any more
         failure = Escaped(f"{type(error).__name__} left a callback of {loop.name} at {self.now} ns: {error}")
         failure.__cause__ = error
         self.fail(failure)
@@ -298,7 +303,6 @@ class SimLoop(asyncio.BaseEventLoop):
             scheduler = self.scheduler
             handle.clock = clock = self.clock if clock is None else clock
             handle.local = when
-            handle._when = when / SECOND
             if clock.frozen:
                 clock.waiting.append(handle)
             else:

@@ -211,7 +211,7 @@ class Machine:
     def _set_again(self, timers: list[SimHandle]) -> None:
         scheduler = self.simulation.scheduler
         for handle in timers:
-            if not handle.cancelled() and handle.local is not None:
+            if not handle.cancelled():
                 scheduler.push(max(self.clock.virtual(handle.local), scheduler.now), handle)
 
     def wall_ns(self) -> int:

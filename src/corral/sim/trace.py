@@ -24,7 +24,9 @@ class Trace:
 
     def note(self, now: Instant, who: str, what: str) -> None:
         """A rare event, told in words."""
-        self._mix(now, crc32(what.encode(), crc32(who.encode())))
+        check = crc32(what.encode(), crc32(who.encode()))
+        self.count = count = self.count + 1
+        self.digest = ((self.digest ^ check ^ (now << 20)) * _MULTIPLIER + count) & _MASK
         self._entries.append((now, who, what, -1, 0))
 
     def wire(self, now: Instant, who: str, what: str, payloads: Iterable[bytes], size: int) -> None:
@@ -32,12 +34,9 @@ class Trace:
         check = crc32(who.encode())
         for payload in payloads:
             check = crc32(payload, check)
-        self._mix(now, check)
+        self.count = count = self.count + 1
+        self.digest = ((self.digest ^ check ^ (now << 20)) * _MULTIPLIER + count) & _MASK
         self._entries.append((now, who, what, size, check))
-
-    def _mix(self, now: Instant, value: int) -> None:
-        self.count += 1
-        self.digest = ((self.digest ^ value ^ (now << 20)) * _MULTIPLIER + self.count) & _MASK
 
     def lines(self, last: int | None = None) -> Iterator[str]:
         """The kept entries as text; with `last`, only so many from the end."""
