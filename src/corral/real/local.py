@@ -175,7 +175,7 @@ class LocalListener:
             return
         stream.credentials = _credentials_of(stream)
         try:
-            stream.accept(self._accept(stream))
+            stream.accept(self._accept)
         except Exception as error:
             local._fatal(error, "accepting a local connection")
 

@@ -333,7 +333,7 @@ class TlsListener:
             stream.refuse("no longer listening")
             return
         try:
-            stream.accept(self._accept(stream))
+            stream.accept(self._accept)
         except Exception as error:
             network._fatal(error, "accepting a connection")
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, cast, final
 
 from corral.base.ids import NodeId
-from corral.base.world import Buffer, ConnectionHandler, Credentials
+from corral.base.world import Buffer, Connection, ConnectionHandler, Credentials
 from corral.wire.codec import MESSAGE_MAX
 from corral.wire.frame import HEADER
 
@@ -120,11 +120,11 @@ class Stream(asyncio.Protocol):
 
     # --- life -------------------------------------------------------------------------------------------------------
 
-    def accept(self, handler: ConnectionHandler) -> None:
-        """Listening side: the owner took the caller. Tells it so and lets its messages through."""
-        self._handler = handler
+    def accept(self, accept: Callable[[Connection], ConnectionHandler]) -> None:
+        """Listening side: hands the connection to its owner. The greeting goes first, whatever the owner sends."""
         self._limit = MESSAGE_LIMIT
         self.send((GREETING,))
+        self._handler = accept(self)
 
     async def greeting(self) -> bytes:
         """Connecting side: waits for the greeting; raises ConnectionError when the stream breaks before."""

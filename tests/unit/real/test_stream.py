@@ -68,7 +68,7 @@ class Rig:
         self.handler = Handler()
         self.stream = Stream(self.loop, lambda error, where: self.bugs.append(error), self.live)
         self.stream.connection_made(self.wire)
-        self.stream.accept(self.handler)
+        self.stream.accept(lambda connection: self.handler)
 
 
 async def turn() -> None:
@@ -96,6 +96,24 @@ def test_the_listening_side_greets_first() -> None:
         rig = Rig()
         await turn()
         assert rig.wire.written == [framed(GREETING)]
+
+    asyncio.run(main())
+
+
+def test_the_greeting_goes_before_what_the_owner_sends_on_accepting() -> None:
+    async def main() -> None:
+        stream, wire, handler = Stream(asyncio.get_running_loop(), lambda error, where: None, set()), Wire(), Handler()
+        stream.connection_made(wire)
+
+        def accept(connection: Any) -> Handler:
+            connection.send([b"welcome"])
+            connection.close()
+            return handler
+
+        stream.accept(accept)
+        await turn()
+        assert wire.written == [framed(GREETING, b"welcome")]
+        assert handler.breaks == ["closed by this side"]
 
     asyncio.run(main())
 
