@@ -53,7 +53,7 @@ class Escaped(SimulationError):
 
 
 class SimHandle(asyncio.TimerHandle):
-    """A callback that is ready or timed. With a `clock`, `local` is its time on it; without, it follows virtual time."""
+    """A callback, ready or timed. With a `clock`, `local` is its time on it; without, it follows virtual time."""
 
     __slots__ = ("clock", "local")
 
