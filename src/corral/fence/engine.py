@@ -50,8 +50,9 @@ from corral.api.fence import (
 )
 from corral.base.engine import Ready, Received, Tick
 from corral.base.ids import MemberId, NodeId, NodeIncarnation
-from corral.base.time import FOREVER, SECOND, Instant, Nanoseconds, from_seconds
+from corral.base.time import FOREVER, Instant, Nanoseconds, from_seconds
 from corral.base.view import Round
+from corral.fence.attempt import GRACE, Attempt, has_room_for, make_attempt, method_of
 from corral.fence.events import (
     AttemptDone,
     CancelAttempt,
@@ -61,13 +62,13 @@ from corral.fence.events import (
     ManualAck,
     Refused,
     RoundDone,
-    RunAttempt,
     Start,
     Stop,
 )
 from corral.fence.ledger import Ledger, told
+from corral.fence.plan import Delays, round_victims, turn_order
 from corral.fence.status import Timings, describe
-from corral.fence.victim import Attempt, Repeats, Victim, worth_telling
+from corral.fence.victim import Repeats, Victim, worth_telling
 from corral.fence.wire import (
     HISTORY_REPLY_MAX,
     TEXT_MAX,
@@ -80,7 +81,6 @@ from corral.fence.wire import (
     VictimDone,
 )
 
-GRACE: Final[Nanoseconds] = 5 * SECOND  # a runner that does not answer this long after its timeout is given up
 REQUESTS_MAX: Final = 64  # victims somebody asked for, beside those of the round
 HELD_MAX: Final = 4096  # messages kept of rounds that others have begun before this node
 
@@ -95,6 +95,7 @@ class FenceEngine:
         "_attempts",
         "_clean",
         "_config",
+        "_delays",
         "_done",
         "_dropped",
         "_has_history",
@@ -105,8 +106,6 @@ class FenceEngine:
         "_next_attempt",
         "_order",
         "_out",
-        "_post_fail",
-        "_post_join",
         "_repeats",
         "_retry",
         "_round",
@@ -119,8 +118,7 @@ class FenceEngine:
     def __init__(self, me: NodeId, config: FenceConfig) -> None:
         self._me: Final = me
         self._config = config
-        self._post_join = FOREVER if config.post_join_delay < 0 else from_seconds(config.post_join_delay)
-        self._post_fail = from_seconds(config.post_fail_delay)
+        self._delays = Delays(config)
         self._retry = from_seconds(config.retry_delay)
         self._round: Round | None = None
         self._running = False  # between Start and Stop
@@ -223,7 +221,7 @@ class FenceEngine:
         self._clean = event.clean
         assert self._me in self._members, "a round is started on its members only"
         joined = {member.node for member in round.joined}
-        self._order = tuple(sorted(self._members, key=lambda node: (node in joined, node)))
+        self._order = turn_order(round)
         wanted = self._wanted = self._round_victims(event)
         self._victims = {}
         self._avert(now, wanted, event)
@@ -240,17 +238,11 @@ class FenceEngine:
             self._receive(now, peer, message)
 
     def _round_victims(self, event: Start) -> frozenset[NodeIncarnation]:
-        failed = {NodeIncarnation(entry.member.node, entry.member.incarnation) for entry in event.round.failed}
-        for victim in sorted(failed):
+        wanted = round_victims(event, startup=self._config.startup)
+        for victim in sorted(wanted):
             member = self._members.get(victim.node)
             assert member is None or member.incarnation != victim.incarnation, "FENCE-2"
-        if event.startup and self._config.startup:
-            failed.update(NodeIncarnation(node, ANY_INCARNATION) for node in event.absent)
-            # A member that did not join clean may have left processes of an earlier life behind.
-            for node, member in self._members.items():
-                if NodeIncarnation(node, member.incarnation) not in event.clean:
-                    failed.add(NodeIncarnation(node, ANY_INCARNATION))
-        return frozenset(failed)
+        return wanted
 
     def _avert(self, now: Instant, wanted: frozenset[NodeIncarnation], event: Start) -> None:
         """A node that joined again clean has shown that nothing of its earlier lives is left."""
@@ -277,7 +269,7 @@ class FenceEngine:
                 continue
             old = before.get(incarnation)
             if came_back or old is None or not old.gates:
-                not_before = now + self._delay_of(incarnation, joining or came_back)
+                not_before = now + self._delays.of(incarnation, joining or came_back)
             else:
                 not_before = old.not_before if old.waits_delay else now
             self._victims[incarnation] = Victim(incarnation, min(not_before, FOREVER), gates=True)
@@ -286,15 +278,6 @@ class FenceEngine:
         """It is no victim any more because its node joined again, not because it was fenced."""
         fact = self._ledger.fact(victim)
         return victim not in wanted if fact is None else fact.how == MEMBER
-
-    def _delay_of(self, victim: NodeIncarnation, joining: bool) -> Nanoseconds:
-        fencing = self._config.nodes.get(victim.node)
-        own = from_seconds(fencing.delay) if fencing is not None else 0
-        if victim.incarnation == ANY_INCARNATION:
-            return self._post_join + own
-        if joining and self._post_join < FOREVER:  # -1 is about nodes never seen: a failed one is not waited for
-            return max(self._post_join, self._post_fail) + own
-        return self._post_fail + own
 
     def _carry_requests(self, before: dict[NodeIncarnation, Victim]) -> None:
         for incarnation in sorted(before):
@@ -346,7 +329,7 @@ class FenceEngine:
         if self._node_is_worked_on(victim):
             return
         method = fencing.methods[victim.method]
-        if self._has_room_for(method):
+        if has_room_for(method, self._attempts, self._config):
             self._begin(now, victim, method)
 
     def _node_is_worked_on(self, victim: Victim) -> bool:
@@ -360,17 +343,6 @@ class FenceEngine:
                     self._cancel(attempt)
         return busy
 
-    def _has_room_for(self, method: Method) -> bool:
-        if len(self._attempts) >= self._config.concurrent:
-            return False
-        for group in method.groups:
-            for use in group:
-                limit = self._config.device(use.device).limit
-                at_work = sum(use.device in attempt.devices for attempt in self._attempts.values())
-                if limit and at_work >= limit:
-                    return False
-        return True
-
     def _begin(self, now: Instant, victim: Victim, method: Method) -> None:
         assert self._round is not None
         member = self._members.get(victim.node)
@@ -382,23 +354,10 @@ class FenceEngine:
         self._broadcast(Attempting(self._round.id, victim.incarnation, victim.turn, method.name))
 
     def _run(self, now: Instant, victim: NodeIncarnation, method: Method, action: str) -> None:
-        groups = method.groups
-        devices = [self._config.device(use.device) for group in groups for use in group]
-        timeout = sum(max(from_seconds(self._config.device(use.device).timeout) for use in group) for group in groups)
-        attempt = Attempt(
-            self._next_attempt,
-            victim,
-            method.name,
-            action,
-            self._config.proof_of(method),
-            tuple(sorted({device.name for device in devices})),
-            ", ".join(dict.fromkeys(device.agent for device in devices))[:TEXT_MAX],
-            now,
-            now + timeout + GRACE,
-        )
+        attempt, order = make_attempt(self._next_attempt, now, victim, method, action, self._config)
         self._next_attempt += 1
         self._attempts[attempt.id] = attempt
-        self._out.emit.append(RunAttempt(attempt.id, victim, method.name, groups, action, timeout))
+        self._out.emit.append(order)
 
     def _cancel(self, attempt: Attempt) -> None:
         self._out.emit.append(CancelAttempt(attempt.id))
@@ -480,7 +439,7 @@ class FenceEngine:
             wall_seconds=wall_seconds,
         )
         self._learn(now, fact, tell=True)
-        method = self._method(attempt)
+        method = method_of(attempt, self._config)
         if method is not None and method.action == "reboot" and attempt.victim.node not in self._members:
             self._run(now, attempt.victim, method, "on")
 
@@ -498,13 +457,6 @@ class FenceEngine:
         repeats = self._repeats.count(victim.incarnation, method, text)
         if worth_telling(repeats):
             self._out.emit.append(FenceFailed(victim.incarnation, method, self._me, text, repeats))
-
-    def _method(self, attempt: Attempt) -> Method | None:
-        fencing = self._config.nodes.get(attempt.victim.node)
-        for method in fencing.methods if fencing is not None else ():
-            if method.name == attempt.method:
-                return method
-        return None
 
     def _give_up_late_attempts(self, now: Instant) -> None:
         for attempt_id in sorted(self._attempts):

@@ -5,7 +5,8 @@ from typing import NamedTuple
 from corral.api.fence import ANY_INCARNATION, VictimStatus
 from corral.base.ids import NodeId
 from corral.base.time import FOREVER, Instant, to_seconds
-from corral.fence.victim import Attempt, Victim
+from corral.fence.attempt import Attempt
+from corral.fence.victim import Victim
 
 
 class Timings(NamedTuple):

@@ -11,50 +11,6 @@ REPEATS_BETWEEN: Final = 600
 
 
 @final
-class Attempt:
-    """A RunAttempt that has not been answered. `live`: a success still counts (it was not given up by time).
-    `abandoned`: the round it was begun in is over, so a failure says nothing any more."""
-
-    __slots__ = (
-        "abandoned",
-        "action",
-        "agents",
-        "devices",
-        "gives_up_at",
-        "id",
-        "live",
-        "method",
-        "proof",
-        "started",
-        "victim",
-    )
-
-    def __init__(
-        self,
-        id: int,
-        victim: NodeIncarnation,
-        method: str,
-        action: str,
-        proof: int,
-        devices: tuple[str, ...],
-        agents: str,
-        started: Instant,
-        gives_up_at: Instant,
-    ) -> None:
-        self.id = id
-        self.victim = victim
-        self.method = method
-        self.action = action
-        self.proof = proof
-        self.devices = devices
-        self.agents = agents
-        self.started = started
-        self.gives_up_at = gives_up_at
-        self.live = True
-        self.abandoned = False
-
-
-@final
 class Victim:
     """`turn` counts fencers tried, `method` the next method of my turn. `gates`: RoundDone waits for it."""
 
