@@ -97,8 +97,8 @@ class SimLocal:
             return
         delay = self._fabric.link(listener.process.machine.hosts[0], listener.process.machine.hosts[0]).latency()
         connection.not_before(self._fabric.scheduler.now + delay)
+        self._fabric.scheduler.after(delay, _complete, connected, None)  # before what the server sends on accepting
         connection.handler = listener.accept(connection)
-        self._fabric.scheduler.after(delay, _complete, connected, None)
 
 
 def _credentials(process: "Process") -> Credentials:
