@@ -30,7 +30,7 @@ from corral.providers.backends import NativeBackend
 from corral.providers.endpoint import native_endpoint
 from corral.providers.native_dlm import NativeLockspace
 from corral.providers.participant import Participant
-from corral.sim.faults import Scope, draw_plan, inject
+from corral.sim.faults import LoseState, Scope, Timed, draw_plan, inject
 from corral.sim.machine import USER
 from corral.sim.simulation import Simulation
 
@@ -210,7 +210,7 @@ class Cluster:
         return True
 
 
-# --- the worker --------------------------------------------------------------------------------------------------------
+# --- the worker ------------------------------------------------------------------------------------------
 
 
 RESOURCES = (b"alpha", b"beta", b"gamma")
@@ -247,11 +247,17 @@ async def submit(world: World, backend: NativeBackend, request: Request) -> tupl
     return await done, handle
 
 
-# --- bodies ------------------------------------------------------------------------------------------------------------
+# --- bodies ------------------------------------------------------------------------------------------
 
 
 FAULT_SECONDS = 60
 QUIET_SECONDS = 40
+
+
+def survivable(plan: list[Timed]) -> list[Timed]:
+    """When a majority has lost its memory only an operator can go on; so at most one node does."""
+    losses = [timed for timed in plan if isinstance(timed.fault, LoseState) and timed.fault.program == "corrald"]
+    return [timed for timed in plan if timed not in losses[1:]]
 
 
 async def locks(sim: Simulation) -> dict[str, int]:
@@ -264,6 +270,7 @@ async def locks(sim: Simulation) -> dict[str, int]:
     machines = tuple(f"n{n}" for n in cluster.numbers)
     scope = Scope(machines, ("corrald", "worker"))
     plan = draw_plan(sim.rng, scope, duration_ns=FAULT_SECONDS * SECOND, count=sim.rng.randrange(5, 9))
+    plan = survivable(plan)
     faults: Coroutine[Any, Any, None] = inject(sim, plan)
     hurting = sim.loop.create_task(faults)
     await cluster.keep_running(sim.now + FAULT_SECONDS * SECOND)
