@@ -182,9 +182,8 @@ class SimConnection:
             self._watch_acknowledgements()
 
     def _depart(self, segment: Segment, delay: int) -> None:
-        arrival = self._scheduler.now + delay
-        if arrival < self._last_arrival:
-            arrival = self._last_arrival
+        transfer = segment.size * self._fabric.knobs.ns_per_byte
+        arrival = max(self._scheduler.now + delay, self._last_arrival) + transfer
         self._last_arrival = segment.arrival = arrival
         self._flight.append(segment)
         self.peer.process.loop.deliver(arrival, self.peer._arrive)

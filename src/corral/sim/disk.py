@@ -72,6 +72,7 @@ class Device:
         self.slowness = 1
         self.error: int | None = None  # every operation fails with this errno
         self.writes = 0  # landed
+        self.lives = 0  # power cuts survived: what was under way in an earlier life is answered with an error
         self._refused: dict[str, None] = {}
         self._unflushed: list[Unflushed] = []
         self._unflushed_bytes = 0
@@ -124,6 +125,7 @@ class Device:
 
     def power_cut(self) -> None:
         """The volatile cache is lost: each sector keeps any version it had since the last flush."""
+        self.lives += 1
         unflushed, self._unflushed = self._unflushed, []
         self._unflushed_bytes = 0
         self.simulation.trace.note(
@@ -199,6 +201,7 @@ class DiskOperation:
         self.device = device
         self.process = process
         self.submitted = device.simulation.scheduler.now
+        self.life = device.lives
         self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def submit(self, length: int) -> None:
@@ -217,13 +220,16 @@ class DiskOperation:
         if self not in self.process.operations:
             return  # a power cut decided it
         error = self.device.error
-        if error is None and self.device.refuses(self.process.machine.name):
+        if error is None and not self.is_admitted():
             error = errno.EIO
         if error is not None:
             self.complete(OSError(error, f"{self.device.name}: the device answers with an error"))
             return
         self.take_effect()
         self.complete(None)
+
+    def is_admitted(self) -> bool:
+        return self.life == self.device.lives and not self.device.refuses(self.process.machine.name)
 
     def take_effect(self) -> None:
         raise NotImplementedError
@@ -287,12 +293,12 @@ class DiskWrite(DiskOperation):
         # else: lost
 
     def _land_late(self) -> None:
-        if not self.device.refuses(self.process.machine.name):
+        if self.is_admitted():
             self.device.land(self, self.data, self.offset)
 
     def _land_torn(self) -> None:
         """Some sectors of it. Each run of them is a write of its own for the watchers."""
-        if self.device.refuses(self.process.machine.name):
+        if not self.is_admitted():
             return
         for start in range(0, len(self.data), SECTOR):
             if self.device.rng.random() < 0.5:

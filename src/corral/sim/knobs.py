@@ -13,6 +13,7 @@ class Knobs:
         self.latency_high = 2 * MILLISECOND
         self.loopback_low = 8 * MICROSECOND
         self.loopback_high = 80 * MICROSECOND
+        self.ns_per_byte = 1  # a connection's bandwidth: 1 GB/s
         self.datagram_loss = 0.0  # on links between machines
         self.datagram_repeat = 0.0
         self.datagram_backlog = 512  # datagrams the kernel keeps for a process that does not read
@@ -42,6 +43,8 @@ class Knobs:
         knobs = cls()
         if rng.random() < 0.3:
             knobs.latency_high *= rng.choice((5, 20, 50))
+        if rng.random() < 0.2:
+            knobs.ns_per_byte = rng.choice((10, 100))
         if rng.random() < 0.3:
             knobs.datagram_loss = rng.choice((0.001, 0.01, 0.05))
         if rng.random() < 0.3:

@@ -93,7 +93,7 @@ class Process:
         network = simulation.network
         self.world = SimWorld(self, SimNetwork(network, self), SimLocal(network, self), SimProcesses(self))
         machine.processes[self.pid] = self
-        self.note("started")
+        self.note(f"started as {self.pid}")
 
     def note(self, what: str) -> None:
         self.simulation.trace.note(self.simulation.scheduler.now, self.name, what)

@@ -46,6 +46,20 @@ def test_messages_arrive_whole_in_order_under_loss_and_delay() -> None:
     simulate(body)
 
 
+def test_a_connection_has_a_bandwidth() -> None:
+    async def body(sim: Simulation) -> None:
+        _, connection, _, _, _, there = await pair(sim)
+        for _ in range(10):
+            connection.send([bytes(1 << 20)])
+            await asyncio.sleep(0.000001)
+        await asyncio.sleep(0.5)
+        assert len(there.messages) == 4
+        await asyncio.sleep(0.6)
+        assert len(there.messages) == 10
+
+    simulate(body, ns_per_byte=100)
+
+
 def test_what_one_turn_queues_arrives_in_one_wakeup() -> None:
     async def body(sim: Simulation) -> None:
         _, connection, _, _, _, there = await pair(sim)

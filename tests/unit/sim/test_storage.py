@@ -259,6 +259,25 @@ def test_a_machine_that_loses_power_leaves_its_write_whole_torn_late_or_lost() -
     assert outcomes >= {("none", "none"), ("whole", "whole"), ("torn", "torn"), ("none", "whole")}
 
 
+def test_nothing_lands_after_everything_lost_power() -> None:
+    async def main(world: World) -> None:
+        disk = await world.disk("/dev/shared")
+        await asyncio.gather(*(disk.write(number * BLOCK, [block(1)]) for number in range(64)))
+
+    async def body(sim: Simulation) -> None:
+        device = sim.disks["/dev/shared"]
+        sim.machines["n1"].start("p", main)
+        await asyncio.sleep(0.0001)
+        assert device.writes < 64
+        sim.power_cut()
+        left = device.image[:]
+        await asyncio.sleep(10)
+        assert device.image[:] == left
+
+    for seed in range(10):
+        with_disk(body, seed=seed)
+
+
 def test_a_machine_the_device_refuses_writes_no_more() -> None:
     async def body(sim: Simulation) -> None:
         device = sim.disks["/dev/shared"]
