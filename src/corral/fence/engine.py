@@ -281,7 +281,8 @@ class FenceEngine:
 
     def _carry_requests(self, before: dict[NodeIncarnation, Victim]) -> None:
         for incarnation in sorted(before):
-            if not before[incarnation].gates and incarnation not in self._victims:
+            waits = not before[incarnation].gates and incarnation not in self._ledger
+            if waits and incarnation not in self._victims:
                 self._add_request(incarnation, 0)
 
     def _stop(self) -> None:
@@ -486,7 +487,10 @@ class FenceEngine:
             self._dropped += 1
             return
         if isinstance(message, VictimDone):
-            self._learn(now, message, tell=False)
+            if message.victim in self._wanted or message.victim in self._victims:
+                self._learn(now, message, tell=False)
+            else:
+                self._ledger.recall([message])
             return
         if self._round is None or message.round != self._round.id or not self._running:
             self._dropped += 1
@@ -614,13 +618,10 @@ class FenceEngine:
         if member is not None and event.victim.incarnation in (ANY_INCARNATION, member.incarnation):
             self._out.emit.append(ExpelNode(NodeIncarnation(member.node, member.incarnation), event.reason[:TEXT_MAX]))
             return
-        if event.victim in self._ledger:
-            self._refuse(event.victim, f"that life of node {event.victim.node} is fenced already")
-            return
         if not self._hurry(now, event.victim):
             self._refuse(
                 event.victim,
-                f"node {event.victim.node} is not configured, has joined again clean, "
+                f"node {event.victim.node} is not configured, is fenced already, has joined again clean, "
                 f"or {REQUESTS_MAX} fence requests wait already",
             )
             return
@@ -643,9 +644,11 @@ class FenceEngine:
         member = self._members.get(wanted.node)
         here = member is not None and wanted.incarnation in (ANY_INCARNATION, member.incarnation)
         waiting = sum(not victim.gates for victim in self._waiting_victims())
-        if here or self._rejoined_clean(wanted) or wanted in self._ledger or waiting >= REQUESTS_MAX:
+        if here or self._rejoined_clean(wanted) or waiting >= REQUESTS_MAX or wanted.node not in self._config.nodes:
             return False
-        if wanted.node not in self._config.nodes:
+        if wanted.incarnation == ANY_INCARNATION and wanted not in self._wanted:
+            self._ledger.forget(wanted)  # it was fenced on an earlier request, and may be up again since
+        if wanted in self._ledger:
             return False
         self._victims[wanted] = Victim(wanted, now, gates=False)
         return True

@@ -1,7 +1,8 @@
 """What is known to be no danger any more: facts that stay true once they are, and their order for humans.
 
 Invariants
-  FENCE-6  a fact never changes: the first one heard of a victim stays
+  FENCE-6  a fact never changes: the first one heard of a victim stays (what is said of incarnation 0, any life of a
+           node, is no fact for ever: a later request makes it a victim again)
 """
 
 from typing import Final, final
@@ -40,6 +41,10 @@ class Ledger:
                     del self._facts[victim]
                     break
         return True
+
+    def forget(self, victim: NodeIncarnation) -> None:
+        """Only of a victim that stands for any life of its node: there may be another by now."""
+        self._facts.pop(victim, None)
 
     def recall(self, facts: list[VictimDone]) -> None:
         """History from before this node came: for humans, decides nothing."""

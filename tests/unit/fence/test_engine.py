@@ -485,6 +485,25 @@ def test_a_request_against_an_absent_node_runs_beside_the_round() -> None:
     assert only(b.answer(True), NodeFenced)
 
 
+def test_an_absent_node_can_be_fenced_again_on_request() -> None:
+    b = bench()
+    b.start(2, [ONE, TWO])
+    for _ in range(2):
+        assert only(b.step(FenceRequest(life(3, 0), "test")), RunAttempt).victim == life(3, 0)
+        assert only(b.answer(True), NodeFenced)
+    b.step(FenceRequest(THREE, "test"))
+    b.answer(True)
+    assert "fenced already" in only(b.step(FenceRequest(THREE, "test")), Refused).text
+
+
+def test_a_fact_about_no_victim_of_ours_is_history() -> None:
+    b = bench(2)
+    b.start(2, [ONE, TWO])
+    assert b.receive(1, done()) == []
+    assert not b.engine.fenced(THREE)
+    assert [entry.victim for entry in b.engine.status(b.now).history] == [THREE]
+
+
 def test_requests_that_make_no_sense_are_refused() -> None:
     b = bench()
     assert "quorate" in only(b.step(FenceRequest(THREE, "x")), Refused).text
