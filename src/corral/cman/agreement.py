@@ -74,7 +74,7 @@ def valid_proposal(proposal: Propose) -> bool:
     view = proposal.view
     return (
         valid_members(view.members)
-        and view.id.coordinator == view.members[0].node
+        and view.incarnation_of(view.id.coordinator) is not None
         and tuple(entry.member for entry in proposal.carried) == view.members
         and all(len(entry.attachment) <= ATTACHMENT_MAX for entry in proposal.carried)
         and len(proposal.accepted) <= ACCEPTED_MAX * NODES_MAX

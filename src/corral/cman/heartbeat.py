@@ -203,13 +203,11 @@ class HeartbeatEngine:
             return
         link = self._links.get(peer.node)
         if link is not None:
-            if peer.incarnation < link.incarnation:
-                self.dropped += 1
-                return
             if peer.incarnation == link.incarnation:
                 link.session = session
                 self._hurry(now)
                 return
+            # The newest session counts, also when a lost state directory made the incarnation fall.
             self._link_down(link, "it has restarted")
         self._links[peer.node] = Link(peer, session)
         self._hurry(now)

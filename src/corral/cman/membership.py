@@ -1,8 +1,8 @@
 """Membership: who is in the next view, and the agreement on it. DESIGN 5, cman: Agreement, Who is in, Lost memory.
 
-One engine, two roles. As a *member* it promises, accepts and installs; as *coordinator*, which is the lowest id of the
-set it would propose, it runs attempts (`agreement.py`). Which set that is `choice.py` says from the matrix of links
-that the HeartbeatEngine reports.
+One engine, two roles. As a *member* it promises, accepts and installs; as *coordinator*, which is the lowest id with a
+memory in the set it would propose, it runs attempts (`agreement.py`). Which set that is `choice.py` says from the
+matrix of links that the HeartbeatEngine reports.
 
 States of a node       in a view: `view` is set and not `stopped`
                        stopped:   it promised something that is not installed here yet; nothing runs
@@ -18,8 +18,9 @@ CMAN-5   A quorate view of an epoch above that of another quorate view, if that 
          accepted it; so an incarnation left out of an installed quorate view is in no later one.
 CMAN-9   A node without memory is not counted in any quorum, and gets memory from an installed quorate view only.
 
-Deviation from DESIGN: "the largest fully connected quorate set" is taken among sets that keep the most members of the
-newest quorate view; otherwise a newcomer with a bad link could displace a member.
+Deviations from DESIGN. A node without memory never coordinates: it might use a view id of its earlier life again. "The
+largest fully connected quorate set" is taken among sets that keep the most members of the newest quorate view;
+otherwise a newcomer with a bad link could displace a member.
 """
 
 from typing import Final, NamedTuple, final
@@ -94,6 +95,7 @@ NO_QUORUM: Final = 1 << 30  # a quorum nobody reaches: without a record there is
 
 class Target(NamedTuple):
     members: tuple[NodeIncarnation, ...]
+    coordinator: NodeId
     quorate: bool
 
 
@@ -292,6 +294,10 @@ class MembershipEngine:
         row = self._rows.get(member.node)
         return row is not None and row.incarnation == member.incarnation
 
+    def _remembers(self, member: NodeIncarnation) -> bool:
+        flags = self.flags if member == self.me else self._rows[member.node].flags
+        return not flags & FORGOTTEN
+
     def _quiet(self) -> bool:
         row = self._rows.get(self.me.node)
         return row is None or bool(row.flags & QUIET)
@@ -320,10 +326,11 @@ class MembershipEngine:
         newest = self.newest
         kept = frozenset() if newest is None else frozenset(m.node for m in newest.members if self._linked(m))
         nodes = best_set({node: row.up for node, row in rows.items()}, votes, quorum, kept)
-        if all(rows[node].flags & FORGOTTEN for node in nodes):
+        remembering = [node for node in nodes if not rows[node].flags & FORGOTTEN]
+        if not remembering:
             return None  # nobody there remembers the cluster
         members = tuple(NodeIncarnation(node, rows[node].incarnation) for node in nodes)
-        return Target(members, sum(votes.get(node, 0) for node in nodes) >= quorum)
+        return Target(members, remembering[0], sum(votes.get(node, 0) for node in nodes) >= quorum)
 
     def _needed(self, target: Target) -> bool:
         view = self.view
@@ -355,7 +362,7 @@ class MembershipEngine:
             if target.members != self._wanted:
                 self._wanted = target.members
                 self._wanted_at = now
-            coordinator = target.members[0].node
+            coordinator = target.coordinator
             if coordinator == self.me.node:
                 self._propose_when_due(now, target)
                 break
@@ -381,8 +388,8 @@ class MembershipEngine:
             self._due = due
 
     def _ask(self, now: Instant, coordinator: NodeId) -> None:
-        """The coordinator may not know that this node is stopped."""
-        if self.view is None or not (self.stopped or self._broken):
+        """The coordinator may not know that this node is stopped, or went on to another view."""
+        if self.view is None:
             return
         if now >= self._asked_at + self.timing.detect_ns:
             self._asked_at = now
@@ -513,7 +520,7 @@ class MembershipEngine:
         members = prepare.members
         proposer = NodeIncarnation(peer.node, peer.incarnation)
         well_formed = agreement.valid_members(members) and 0 < prepare.epoch < EPOCH_MAX
-        if not well_formed or members[0] != proposer or peer.node == self.me.node:
+        if not well_formed or proposer not in members or peer.node == self.me.node:
             self.dropped += 1
             return
         if self.me not in members:
@@ -539,6 +546,8 @@ class MembershipEngine:
             return PROMISED
         if not all(self._linked(member) for member in prepare.members):
             return UNREACHABLE
+        if any(member < proposer and self._remembers(member) for member in prepare.members):
+            return UNREACHABLE  # that one should propose it
         view = self.view
         if view is not None and view.quorate and not self.stopped and proposer not in view.members:
             for member in view.members:
