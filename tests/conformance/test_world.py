@@ -126,15 +126,6 @@ def laboratory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Labor
     made.close()
 
 
-GAPS = {
-    (SimLaboratory, "what_is_sent_on_accepting_waits_for_the_connector"): "the simulated local listener's owner cannot "
-    "send from inside accept: its message arrives before the connector's greeting is over",
-}
-
-
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_world(laboratory: Laboratory, check: Check, request: pytest.FixtureRequest) -> None:
-    gap = GAPS.get((type(laboratory), check.__name__))
-    if gap is not None:
-        request.applymarker(pytest.mark.xfail(reason=gap, strict=False))
+def test_world(laboratory: Laboratory, check: Check) -> None:
     laboratory.run(check)

@@ -19,11 +19,11 @@ from corral.base.time import Instant
 from corral.base.world import Connection, ConnectionHandler, DatagramSocket, Listener
 from corral.real import address as addresses
 from corral.real.complaints import Complaints
-from corral.real.pki import Credentials, names_of
+from corral.real.identity import Credentials, names_of
 from corral.real.stream import GREETING, LINGER_SECONDS, Fatal, Stream
 
 HANDSHAKE_SECONDS: Final = 5.0  # connect included
-HALF_OPEN_MAX: Final = 64  # handshakes under way on one listener; each costs about 300 KiB
+HALF_OPEN_MAX: Final = 128  # handshakes under way on one listener; each costs up to 300 KiB
 CONNECTIONS_MAX: Final = 1024  # of authenticated peers on one listener
 ACCEPT_BATCH: Final = 16  # connections taken in one loop turn
 BACKLOG: Final = 128
@@ -113,13 +113,13 @@ class RealNetwork:
                 except BaseException:
                     sock.close()
                     raise
-                certified = self._identity(stream)
-                if certified != node:
+                self._check_node(stream, address, node)
+                try:
+                    greeting = await stream.greeting()
+                except ConnectionError as error:
                     raise ConnectionAbortedError(
-                        errno.ECONNABORTED,
-                        f"{address} is {_named(certified)}, not node {node}: check the addresses in the configuration",
-                    )
-                greeting = await stream.greeting()
+                        errno.ECONNABORTED, f"{address} refused this node: {error}; its log says why"
+                    ) from None
                 if greeting != GREETING:
                     raise ConnectionAbortedError(errno.ECONNABORTED, f"{address} does not speak corral's protocol")
         except TimeoutError:
@@ -135,6 +135,17 @@ class RealNetwork:
         stream.node = node
         stream.open(handler)
         return stream
+
+    def _check_node(self, stream: Stream, address: str, node: NodeId) -> None:
+        certified = self._identity(stream)
+        if certified == node:
+            return
+        if stream.extra("peercert"):
+            found = "a stranger" if certified is None else f"node {certified}"
+            sentence = f"{address} is {found}, not node {node}: check the addresses in the configuration"
+        else:
+            sentence = f"{address} broke the connection during the handshake; its log says why"
+        raise ConnectionAbortedError(errno.ECONNABORTED, sentence)
 
     async def _connected(self, address: str) -> socket.socket:
         """A TCP connection to the first of the host's addresses that answers. ConnectionRefusedError: none listens."""
@@ -441,10 +452,6 @@ def _tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
     for option, value in KEEPALIVE:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def _named(node: NodeId | None) -> str:
-    return "not a node of this cluster" if node is None else f"node {node}"
 
 
 def _why(error: OSError) -> str:

@@ -1,8 +1,7 @@
 """The cluster's certificate authority and the nodes' certificates: who may speak to whom (DESIGN 4, Identity).
 
 One directory holds `ca.crt`, `ca.key`, `node-N.crt`, `node-N.key`. A node needs ca.crt and its own pair; ca.key stays
-where certificates are made. A node's certificate carries one subjectAltName, the URI `corral://CLUSTER/node/N`
-(CLUSTER percent-encoded): it says which cluster and which node, and nothing about addresses, so a node may move.
+where certificates are made. What a node's certificate says is in `identity`.
 Keys are EC P-256 in files of mode 0600; TLS is 1.3 or nothing, both sides must show a certificate of the CA.
 """
 
@@ -11,8 +10,7 @@ import os
 import ssl
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TypeVar, final
-from urllib.parse import quote, unquote
+from typing import Final, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -22,46 +20,15 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from corral.base.errors import ConfigurationError
 from corral.base.ids import NAME_MAX, NODE_MAX, NodeId
+from corral.real.identity import Credentials, names_of, node_uri
 
 CA_YEARS: Final = 20
 NODE_YEARS: Final = 10
 BACKDATE: Final = datetime.timedelta(
     days=2
 )  # a node whose clock is a little behind must not refuse a fresh certificate
-SCHEME: Final = "corral"
 
 T = TypeVar("T")
-
-
-# --- names in certificates -------------------------------------------------------------------------------------------
-
-
-def node_uri(cluster: str, node: NodeId) -> str:
-    return f"{SCHEME}://{quote(cluster, safe='')}/node/{node}"
-
-
-def parse_node_uri(uri: str) -> tuple[str, NodeId] | None:
-    """The cluster and node a URI names; None when it is not one of ours."""
-    prefix = f"{SCHEME}://"
-    if not uri.startswith(prefix):
-        return None
-    parts = uri[len(prefix) :].split("/")
-    if len(parts) != 3 or parts[1] != "node" or not (parts[2].isascii() and parts[2].isdigit()) or len(parts[2]) > 4:
-        return None
-    node = int(parts[2])
-    if not 1 <= node <= NODE_MAX:
-        return None
-    return unquote(parts[0]), node
-
-
-def names_of(certificate: dict[str, Any]) -> tuple[str, NodeId] | None:
-    """Cluster and node of a peer's verified certificate (as `ssl.getpeercert()` gives it); None: not a node's."""
-    found = [
-        names
-        for kind, value in certificate.get("subjectAltName", ())
-        if kind == "URI" and (names := parse_node_uri(value)) is not None
-    ]
-    return found[0] if len(found) == 1 else None  # two identities in one certificate are none
 
 
 # --- making ----------------------------------------------------------------------------------------------------------
@@ -192,21 +159,6 @@ def _write(path: Path, content: bytes, mode: int) -> None:
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
-
-
-@final
-class Credentials:
-    """What this node shows to others and accepts from them. Made by `load`; the contexts are shared by connections."""
-
-    __slots__ = ("client_context", "cluster", "node", "server_context")
-
-    def __init__(
-        self, cluster: str, node: NodeId, server_context: ssl.SSLContext, client_context: ssl.SSLContext
-    ) -> None:
-        self.cluster: Final = cluster
-        self.node: Final = node
-        self.server_context: Final = server_context
-        self.client_context: Final = client_context
 
 
 def load(directory: str | Path, node: NodeId) -> Credentials:

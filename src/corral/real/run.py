@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from corral.real.pki import Credentials
+from corral.real.identity import Credentials
 from corral.real.pulse import Pulse
 from corral.real.world import RealWorld
 

@@ -18,10 +18,10 @@ from typing import Any, Final, final
 
 from corral.base.time import Instant
 from corral.real.disk import THREADS, RealDisk, open_disk
+from corral.real.identity import Credentials
 from corral.real.local import RealLocal
 from corral.real.network import RealNetwork
 from corral.real.page import map_page
-from corral.real.pki import Credentials
 from corral.real.process import RealProcesses
 from corral.real.pulse import Pulse
 from corral.real.store import RealStore

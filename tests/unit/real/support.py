@@ -10,6 +10,7 @@ from typing import Any
 import uvloop
 
 from corral.real import pki
+from corral.real.identity import Credentials
 from corral.real.world import RealWorld
 
 PATIENCE = 10.0  # seconds before a test that waits is called failed
@@ -33,7 +34,7 @@ def _authority(cluster: str, serial: int) -> str:
 _kept: list[tempfile.TemporaryDirectory[str]] = []  # removed when the session ends
 
 
-def credentials(node: int, cluster: str = "home", serial: int = 0) -> pki.Credentials:
+def credentials(node: int, cluster: str = "home", serial: int = 0) -> Credentials:
     return pki.load(authority(cluster, serial), node)
 
 
@@ -91,7 +92,7 @@ class Bench:
         self.worlds: list[RealWorld] = []
         self.bugs: list[tuple[BaseException, str]] = []
 
-    def world(self, node: int | None = None, *, state: str = "", identity: pki.Credentials | None = None) -> RealWorld:
+    def world(self, node: int | None = None, *, state: str = "", identity: Credentials | None = None) -> RealWorld:
         if node is not None and identity is None:
             identity = credentials(node)
         state = state or f"state-{len(self.worlds)}"

@@ -10,6 +10,7 @@ import pytest
 from corral.base.errors import ConfigurationError
 from corral.base.ids import NODE_MAX
 from corral.real import pki
+from corral.real.identity import names_of, node_uri, parse_node_uri
 from tests.unit.real.support import authority
 
 
@@ -33,7 +34,7 @@ def test_keys_are_private_from_the_start(home: Path) -> None:
 @pytest.mark.parametrize("cluster", ["home", "a b/c", "zwölf", "50%", "x" * 64])
 @pytest.mark.parametrize("node", [1, NODE_MAX])
 def test_the_uri_brings_back_what_went_in(cluster: str, node: int) -> None:
-    assert pki.parse_node_uri(pki.node_uri(cluster, node)) == (cluster, node)
+    assert parse_node_uri(node_uri(cluster, node)) == (cluster, node)
 
 
 @pytest.mark.parametrize(
@@ -43,14 +44,14 @@ def test_the_uri_brings_back_what_went_in(cluster: str, node: int) -> None:
      "corral://home/node/+1", "corral://home/node/1 ", "corral://home/node/٣", "corral://home/node/" + "9" * 5000],
 )  # fmt: skip
 def test_other_uris_are_nobody(uri: str) -> None:
-    assert pki.parse_node_uri(uri) is None
+    assert parse_node_uri(uri) is None
 
 
 def test_a_certificate_with_two_identities_is_nobody() -> None:
-    names = (("URI", pki.node_uri("home", 1)), ("URI", pki.node_uri("home", 2)))
-    assert pki.names_of({"subjectAltName": names}) is None
-    assert pki.names_of({"subjectAltName": names[:1]}) == ("home", 1)
-    assert pki.names_of({}) is None
+    names = (("URI", node_uri("home", 1)), ("URI", node_uri("home", 2)))
+    assert names_of({"subjectAltName": names}) is None
+    assert names_of({"subjectAltName": names[:1]}) == ("home", 1)
+    assert names_of({}) is None
 
 
 def test_never_overwrites(home: Path) -> None:
