@@ -24,7 +24,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any, Final, NoReturn
 
 from corral.base.time import FOREVER, SECOND, Instant
-from corral.sim.clock import Clock
+from corral.sim.clock import MILLION, Clock
 
 RUNNING: Final = 0
 HELD: Final = 1
@@ -303,10 +303,14 @@ class SimLoop(asyncio.BaseEventLoop):
             scheduler = self.scheduler
             handle.clock = clock = self.clock if clock is None else clock
             handle.local = when
-            if clock.frozen:
-                clock.waiting.append(handle)
+            rate = clock.rate
+            if rate:  # as clock.virtual and self.push, without their calls: drivers set a timer after every step
+                at = clock.base_virtual - (clock.base_local - when) * MILLION // rate
+                scheduler._sequence = sequence = scheduler._sequence + 1
+                handle._scheduled = True
+                heappush(scheduler._heap, (max(at, scheduler.now), sequence, handle))
             else:
-                scheduler.push(max(clock.virtual(when), scheduler.now), handle)
+                clock.waiting.append(handle)
         return handle
 
     def deliver(self, when: Instant, callback: Callable[..., Any], *args: Any) -> SimHandle:

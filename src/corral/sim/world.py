@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from corral.base.time import SECOND, Instant
 from corral.base.world import Disk, Local, Network, Processes, Store, Timer
+from corral.sim.clock import MILLION
 from corral.sim.loop import SimLoop
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class SimWorld:
         return self._processes
 
     def now(self) -> Instant:
-        return self._clock.local(self._scheduler.now)
+        clock = self._clock  # as clock.local, without another call: every engine step passes here
+        return clock.base_local + (self._scheduler.now - clock.base_virtual) * clock.rate // MILLION
 
     def wall_seconds(self) -> int:
         return self._process.machine.wall_ns() // SECOND
