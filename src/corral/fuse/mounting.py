@@ -259,6 +259,8 @@ def _fusermount_refusal(action: str, path: str, output: bytes) -> str:
     hint = ""
     if "allow_other" in said:
         hint = "; write user_allow_other into /etc/fuse.conf or mount without allow_other"
+    elif DEVICE in said:
+        hint = f"; open it to everybody with: chmod 666 {DEVICE}"
     return f"{FUSERMOUNT} could not {action} {path} ({said[:200]}){hint}"
 
 
