@@ -98,7 +98,7 @@ def load(path: Path) -> ClusterConfig:
 def parse(text: str, source: str) -> ClusterConfig:
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also: a number of more digits than int() takes
         raise ConfigurationError(f"{source} is not TOML: {error}") from None
     try:
         file = msgspec.convert(table, _File)
@@ -158,7 +158,7 @@ def _is_uuid(text: str) -> bool:
 
 def _is_address(text: str) -> bool:
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
+    if not colon or not port.isascii() or not port.isdigit() or len(port) > 5 or not 1 <= int(port) <= 65535:
         return False
     if host.startswith("[") and host.endswith("]"):
         try:
