@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import socket
 import ssl
 import struct
@@ -443,5 +444,38 @@ def test_host_names_are_looked_up_without_stopping_the_loop(tmp_path: Path) -> N
             return bool(got)
 
         await eventually(arrived)
+
+    on_loop(tmp_path, body)
+
+
+# --- no descriptors left ---------------------------------------------------------------------------------------------
+
+
+def test_without_descriptors_callers_wait_and_are_served_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """accept fails with EMFILE: it is said once, the loop does not spin on it, and the caller gets in afterwards."""
+    caplog.set_level(logging.WARNING, "corral.network")
+
+    async def body(bench: Bench) -> None:
+        world = bench.world(1)
+        listener = await world.network.listen(ANY, Acceptor())
+        await bench.world(2).network.connect(listener.address, 1, Recorder())  # everything is imported and open
+        host, port = listener.address.split(":")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with socket.socket() as caller:
+            caller.setblocking(False)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (caller.fileno(), hard))
+            try:
+                with contextlib.suppress(BlockingIOError):
+                    caller.connect((host, int(port)))
+                await eventually(lambda: world.network.counters.accepts_failed > 0)
+                await asyncio.sleep(0.1)
+                assert world.network.counters.accepts_failed == 1
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert "raise the limit of open files" in caplog.text
+            assert isinstance(listener, TlsListener)
+            await eventually(lambda: len(listener._half_open) == 1)
 
     on_loop(tmp_path, body)
