@@ -17,6 +17,7 @@ from corral.base.errors import ClusterError
 from corral.base.ids import NodeId
 from corral.base.world import ProcessId
 from corral.cli import processes
+from corral.cli.images import fsck, mkfs
 from corral.cli.layout import Layout, NodeFiles
 from corral.cli.mounts import Mounts, last_line
 from corral.node.config import ClusterConfig
@@ -163,7 +164,15 @@ class LocalCluster:
 
     def mount_all(self, size: int) -> None:
         """Makes the filesystem when there is none, and mounts it on every node."""
-        raise ClusterError("this version has no filesystem yet")
+        if not self.layout.disk.exists():
+            self._progress(f"making a filesystem for {len(self.config.nodes)} nodes on {self.layout.disk}")
+            mkfs(self.layout.disk, size, cluster=self.config.name, name="home", journals=len(self.config.nodes))
+        for node in self.config.node_ids:
+            self.mounts.mount(node)
+
+    def fsck(self) -> str:
+        """A check of the unmounted image. Raises ClusterError when anything is wrong."""
+        return fsck(self.layout.disk)
 
     def down(self) -> None:
         """Unmounts, leaves cleanly where it can, and leaves nothing behind."""
@@ -179,6 +188,15 @@ class LocalCluster:
             if corrald is not None:
                 processes.end([corrald], grace=4 * self.config.recover_ns / 1e9)
         for node in self.config.node_ids:
+            self._sweep(node)
+
+    def abandon(self) -> None:
+        """The hard end: everything killed, everything detached."""
+        for node in self.config.node_ids:
+            mount = processes.read_pid_file(self.files(node).mount_pid)
+            self.kill(node)
+            if mount is not None:
+                processes.kill([mount])
             self._sweep(node)
 
     def status(self) -> dict[str, Any]:

@@ -48,9 +48,10 @@ def main(context: click.Context, socket: str) -> None:
 
 
 def _register() -> None:
-    from corral.cli import cman, fence, local
+    from corral.cli import cman, fence, gfs, local
+    from corral.cli.demo.command import demo
 
-    for command in (local.up, local.down, local.node, local.status, cman.cman, fence.fence):
+    for command in (demo, local.up, local.down, local.node, local.status, cman.cman, fence.fence, gfs.gfs):
         main.add_command(command)
 
 

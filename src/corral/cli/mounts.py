@@ -1,6 +1,7 @@
 """The mounts of a local cluster: one process a node, found by its pid file and by the kernel's table of mounts."""
 
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Final, final
@@ -22,26 +23,14 @@ class Mounts:
     def is_mounted(self, node: NodeId) -> bool:
         return mounted_at(str(self._layout.node(node).mount)) is not None
 
-    def mount(self, node: NodeId, *options: str) -> None:
+    def mount(self, node: NodeId) -> None:
         """Returns when it is mounted. Raises ClusterError with the mount's own last sentence."""
         files = self._layout.node(node)
         if self.is_mounted(node) and processes.read_pid_file(files.mount_pid) is not None:
             return
         self.clear_dead(node)
         files.mount.mkdir(exist_ok=True)
-        argv = [
-            sys.executable, "-m", "corral.cli.main", "--socket", str(files.socket), "gfs", "mount",
-            str(self._layout.disk), str(files.mount), "--foreground", *options,
-        ]  # fmt: skip
-        files.mount_log.write_bytes(b"")
-        process = processes.spawn(argv, log=files.mount_log, pid_file=files.mount_pid)
-        deadline = time.monotonic() + MOUNT_SECONDS
-        while not self.is_mounted(node):
-            if not processes.is_alive(process):
-                raise ClusterError(f"the mount of node {node} ended: {last_line(files.mount_log)}")
-            if time.monotonic() > deadline:
-                raise ClusterError(f"node {node} did not mount in {MOUNT_SECONDS:g} s; see {files.mount_log}")
-            time.sleep(0.02)
+        start_mount(str(files.socket), self._layout.disk, files.mount, log=files.mount_log, pid_file=files.mount_pid)
 
     def unmount(self, node: NodeId) -> None:
         """Cleanly if its process answers, by force otherwise."""
@@ -55,6 +44,29 @@ class Mounts:
         files = self._layout.node(node)
         if self.is_mounted(node) and processes.read_pid_file(files.mount_pid) is None:
             unmount(str(files.mount), lazy=True)
+
+
+def start_mount(socket: str, device: Path, mountpoint: Path, *, log: Path, pid_file: Path) -> None:
+    """Returns when it is mounted. Raises ClusterError with the mount's own last sentence."""
+    argv = [
+        sys.executable, "-m", "corral.cli.main", "--socket", socket, "gfs", "mount",
+        str(device), str(mountpoint), "--foreground",
+    ]  # fmt: skip
+    log.write_bytes(b"")
+    process = processes.spawn(argv, log=log, pid_file=pid_file)
+    deadline = time.monotonic() + MOUNT_SECONDS
+    while mounted_at(str(mountpoint)) is None:
+        if not processes.is_alive(process):
+            raise ClusterError(f"{mountpoint} is not mounted: {last_line(log)}")
+        if time.monotonic() > deadline:
+            raise ClusterError(f"{mountpoint} was not mounted in {MOUNT_SECONDS:g} s; see {log}")
+        time.sleep(0.02)
+
+
+def mount_in_background(socket: str, device: Path, mountpoint: Path) -> None:
+    """`corral gfs mount`: log and pid file in a temporary directory named on failure."""
+    directory = Path(tempfile.mkdtemp(prefix="corral-mount-"))
+    start_mount(socket, device, mountpoint, log=directory / "log", pid_file=directory / "pid")
 
 
 def last_line(path: Path) -> str:

@@ -47,13 +47,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def paths_of(state: Path, socket: Path | None) -> Paths:
+def paths_of(state: Path, socket: Path | None, certificates: Path) -> Paths:
     chosen = socket or state / "corrald.sock"
     return Paths(
         socket=str(chosen),
         lock_socket=str(chosen.with_name("lock.sock")),
         page=str(state / "page"),
         participants=str(state / "participants"),
+        certificates=str(certificates),
     )
 
 
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         fail(str(error), 3)
     except OSError as error:
         fail(f"the state directory {arguments.state} cannot be made: {error.strerror or error}", 1)
-    paths = paths_of(arguments.state, arguments.socket)
+    paths = paths_of(arguments.state, arguments.socket, certificates)
     lock_service = None
     if not arguments.no_lock_service:
         lock_service = [

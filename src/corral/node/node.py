@@ -74,6 +74,7 @@ class Paths(NamedTuple):
     lock_socket: str
     page: str
     participants: str
+    certificates: str = ""
 
 
 class Ended(NamedTuple):

@@ -27,6 +27,7 @@ class Answers:
             "leave": self._leave,
             "timing": self._timing,
             "participants": self._participants,
+            "paths": self._paths,
             "statistics": self._statistics,
         }
 
@@ -161,6 +162,15 @@ class Answers:
             {"name": name, "seconds": length / 1e9, "meaning": meaning}
             for name, length, meaning in self._node.timing.table()
         ]
+
+    def _paths(self, _arguments: Arguments) -> Any:
+        """What a participant needs before it attaches."""
+        node = self._node
+        return {
+            "node": node.node,
+            "participants": node.paths.participants,
+            "certificates": node.paths.certificates,
+        }
 
     def _statistics(self, _arguments: Arguments) -> Any:
         node = self._node

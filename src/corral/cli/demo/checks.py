@@ -1,0 +1,168 @@
+"""What the demo promises and how it is checked: trees compared, acknowledgements counted against what is there."""
+
+import os
+import shutil
+import stat
+import struct
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NamedTuple, final
+
+FILES_MIN: Final = 1_000
+BYTES_MIN: Final = 40 << 20
+FILLER_SIZE: Final = 256 << 10
+
+Progress = Callable[[str], None]
+
+
+class Failed(Exception):
+    """A promise of the demo was not kept; the message says which."""
+
+
+class Tree(NamedTuple):
+    files: int
+    directories: int
+    size: int
+
+
+def measure(root: Path) -> Tree:
+    files = directories = size = 0
+    for path, names, leaves in os.walk(root):
+        directories += len(names)
+        for leaf in leaves:
+            status = os.lstat(os.path.join(path, leaf))
+            files += 1
+            size += status.st_size
+    return Tree(files, directories, size)
+
+
+def make_source(target: Path) -> Tree:
+    """The standard library of this Python with its byte code, filled up with generated files to the promised size."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    skipped = shutil.ignore_patterns("site-packages", "test", "tests", "idlelib", "config-*", "*.a", "*.so")
+    shutil.copytree(library, target, symlinks=True, ignore=skipped)
+    found = measure(target)
+    number = 0
+    while found.files + number < FILES_MIN or found.size + number * FILLER_SIZE < BYTES_MIN:
+        directory = target / "generated" / f"{number // 64:03d}"
+        directory.mkdir(parents=True, exist_ok=True)
+        seed = struct.pack("<Q", number) * (FILLER_SIZE // 8)
+        (directory / f"{number:05d}.bin").write_bytes(seed)
+        number += 1
+    return measure(target)
+
+
+def copy(source: Path, target: Path, progress: Callable[[int], None]) -> None:
+    """Files, directories, symbolic links, with modes and times."""
+    done = 0
+    for path, names, leaves in os.walk(source):
+        there = target / Path(path).relative_to(source)
+        there.mkdir(exist_ok=True)
+        for leaf in leaves:
+            shutil.copy2(os.path.join(path, leaf), there / leaf, follow_symlinks=False)
+            done += 1
+            progress(done)
+        names.sort()
+    for path, _, _ in os.walk(source, topdown=False):
+        shutil.copystat(path, target / Path(path).relative_to(source))
+
+
+def compare(source: Path, target: Path, who: str) -> int:
+    """Every name, byte, mode and modification time. Returns how many files were the same; raises Failed."""
+    compared = 0
+    for path, names, leaves in os.walk(source):
+        relative = Path(path).relative_to(source)
+        there = target / relative
+        expected = sorted([*names, *leaves])
+        found = sorted(os.listdir(there))
+        if expected != found:
+            odd = sorted(set(expected) ^ set(found))[:3]
+            raise Failed(f"{who}: {relative} has other names than the source: {', '.join(odd)}")
+        for name in expected:
+            _compare_one(Path(path) / name, there / name, who)
+        compared += len(leaves)
+        if _told(os.lstat(path)) != _told(os.lstat(there)):
+            raise Failed(f"{who}: mode or time of directory {relative} differs")
+    return compared
+
+
+def _told(status: os.stat_result) -> tuple[int, int]:
+    return stat.S_IMODE(status.st_mode), status.st_mtime_ns
+
+
+def _compare_one(source: Path, target: Path, who: str) -> None:
+    one, other = os.lstat(source), os.lstat(target)
+    if stat.S_IFMT(one.st_mode) != stat.S_IFMT(other.st_mode):
+        raise Failed(f"{who}: {target} is of another type than its source")
+    if stat.S_ISLNK(one.st_mode):
+        if os.readlink(source) != os.readlink(target):
+            raise Failed(f"{who}: {target} points elsewhere than its source")
+    elif stat.S_ISREG(one.st_mode):
+        if source.read_bytes() != target.read_bytes():
+            raise Failed(f"{who}: {target} has other bytes than its source")
+        if _told(one) != _told(other):
+            raise Failed(f"{who}: mode or time of {target} is {_told(other)}, not {_told(one)}")
+
+
+@final
+class Acknowledged:
+    """What the writers were told is durable."""
+
+    def __init__(self) -> None:
+        self.counters: dict[int, int] = {}  # counter -> highest value acknowledged
+        self.increments: dict[int, int] = {}  # counter -> acknowledgements
+        self.records: dict[str, int] = {}  # writer -> records acknowledged
+        self.stopped: dict[str, str] = {}
+
+    def take(self, writer: str, line: str) -> bool:
+        """One line of a writer. False when it is not an acknowledgement."""
+        words = line.split()
+        if words[:1] == ["counter"]:
+            number, value = int(words[1]), int(words[2])
+            self.counters[number] = max(value, self.counters.get(number, 0))
+            self.increments[number] = self.increments.get(number, 0) + 1
+        elif words[:1] == ["record"]:
+            self.records[writer] = max(int(words[2]), self.records.get(writer, 0))
+        elif words[:1] == ["stopped"]:
+            self.stopped[writer] = line.partition(" ")[2]
+            return False
+        else:
+            return False
+        return True
+
+    @property
+    def total(self) -> int:
+        return sum(self.increments.values()) + sum(self.records.values())
+
+    def check_counters(self, directory: Path, in_flight: int) -> str:
+        """Each counter is at least what was acknowledged, and at most that and what could be in flight: a lost or
+        doubled increment shows as a value below the acknowledgements, two holders as an increment seen twice."""
+        for number, count in sorted(self.increments.items()):
+            (value,) = struct.unpack("<Q", (directory / f"counter{number}").read_bytes()[:8])
+            if value < count or value < self.counters[number]:
+                raise Failed(f"counter {number} is {value}, but {max(count, self.counters[number])} were acknowledged")
+            if value > count + in_flight:
+                raise Failed(f"counter {number} is {value}, but only {count} (and {in_flight} in flight) were written")
+        return f"{sum(self.increments.values())} increments"
+
+    def check_log(self, path: Path) -> str:
+        """Every acknowledged record is there once, whole, and each writer's are in order."""
+        seen: dict[str, int] = {}
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            words = line.decode("ascii", "replace").split(" ")
+            if len(words) < 3 or not words[1].isdigit() or words[2] != "x" * (int(words[1]) % 90):
+                raise Failed(f"the log has a damaged record: {line[:60]!r}")
+            name, number = words[0], int(words[1])
+            if number != seen.get(name, 0) + 1:
+                raise Failed(f"the log has record {number} of {name} after {seen.get(name, 0)}")
+            seen[name] = number
+        for name, number in sorted(self.records.items()):
+            if seen.get(name, 0) < number:
+                raise Failed(f"{number} records of {name} were acknowledged, the log has {seen.get(name, 0)}")
+        return f"{sum(self.records.values())} records"
+
+
+def python() -> str:
+    return sys.executable

@@ -1,0 +1,57 @@
+"""`corral gfs`: make, mount, check filesystems."""
+
+import os
+from pathlib import Path
+
+import click
+
+from corral.base.errors import ClusterError
+from corral.cli import images
+from corral.cli.local import Size
+
+
+@click.group()
+def gfs() -> None:
+    """The shared-disk filesystem."""
+
+
+@gfs.command()
+@click.argument("device", type=click.Path(path_type=Path))
+@click.option("--table", required=True, metavar="CLUSTER:NAME", help="Which cluster may mount it, and its name there.")
+@click.option("--journals", type=click.IntRange(1, 128), default=3, show_default=True, help="One for each mount.")
+@click.option("--size", type=Size(), help="Make an image of this size when DEVICE does not exist.")
+@click.option("--yes", is_flag=True, help="Do not ask before what is on DEVICE is overwritten.")
+def mkfs(device: Path, table: str, journals: int, size: int | None, yes: bool) -> None:
+    """Make a filesystem on DEVICE, a block device or an image file."""
+    cluster, colon, name = table.partition(":")
+    if not colon or not cluster or not name:
+        raise ClusterError(f"--table is CLUSTER:NAME, such as home:data, not {table!r}")
+    if device.exists() and not yes:
+        click.confirm(f"What is on {device} will be lost. Go on?", abort=True)
+    made = images.mkfs(device, size, cluster=cluster, name=name, journals=journals)
+    click.echo(f"{device}: {made.blocks} blocks of 4096 bytes, {made.rgrps} resource groups, {made.journals} journals")
+
+
+@gfs.command()
+@click.argument("device", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("--foreground", is_flag=True, help="Stay in the foreground and log to standard error.")
+@click.pass_obj
+def mount(socket: str, device: Path, mountpoint: Path, foreground: bool) -> None:
+    """Mount DEVICE on MOUNTPOINT as a member of this node's cluster. Unmount with `umount` or by SIGTERM."""
+    from corral.cli import mountprocess
+
+    where = os.path.join(os.path.realpath(mountpoint.parent), mountpoint.name)
+    if foreground:
+        mountprocess.main(socket, str(device.absolute()), where)
+        return
+    from corral.cli.mounts import mount_in_background
+
+    mount_in_background(socket, device.absolute(), Path(where))
+
+
+@gfs.command()
+@click.argument("device", type=click.Path(exists=True, path_type=Path))
+def fsck(device: Path) -> None:
+    """Check a filesystem that is mounted nowhere. Exit status 1 when anything is wrong."""
+    click.echo(images.fsck(device))

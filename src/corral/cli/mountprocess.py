@@ -1,0 +1,98 @@
+"""The process behind a mount: participant, filesystem and FUSE session of one node (`corral gfs mount`).
+
+It ends when it is unmounted, on SIGTERM (after unmounting), or when it may not act any more; then its pages are
+dropped, the mount is detached and the journal is left to the others.
+"""
+
+import asyncio
+import logging
+import sys
+from typing import Any, Final
+
+from corral.api.gfs import Filesystem, Notifier
+from corral.base.errors import ClusterError
+from corral.cli.localcluster import ask
+from corral.fuse.mounting import Mount, Options, mount
+from corral.gfs.replay import JournalDamaged
+from corral.gfs.superblock import Refused
+from corral.gfs.volume import Options as GfsOptions
+from corral.providers.endpoint import native_endpoint
+from corral.providers.native_gfs import NativeMount
+from corral.providers.participant import Participant
+from corral.real import pki
+from corral.real.run import Stopped, run
+from corral.real.world import RealWorld
+
+UNMOUNT_SECONDS: Final = 30.0
+
+log = logging.getLogger("corral.mount")
+
+
+async def serve(world: RealWorld, socket: str, participants: str, device: str, mountpoint: str) -> str:
+    """Until it is unmounted; returns "" then, or why this mount may not go on."""
+    participant = Participant(world, socket, participants, native_endpoint, purpose=f"mount {mountpoint}")
+    await participant.open()
+    withdrawn: asyncio.Future[str] = world.future()
+
+    def withdraw(reason: str) -> None:
+        if not withdrawn.done():
+            withdrawn.set_result(reason)
+
+    disk = await world.disk(device)
+    native = NativeMount(world, participant, disk, GfsOptions(withdrawn=withdraw))
+
+    async def make(notifier: Notifier) -> Filesystem:
+        return await native.open(notifier)
+
+    mounted: Mount | None = None
+    try:
+        mounted = await mount(make, mountpoint, Options(source=device), may_reply=participant.may_act)
+        log.info("mounted %s on %s", device, mountpoint)
+        return await _until_over(mounted, native, participant, withdrawn)
+    finally:
+        participant.close()
+        disk.close()
+
+
+async def _until_over(
+    mounted: Mount, native: NativeMount, participant: Participant, withdrawn: "asyncio.Future[str]"
+) -> str:
+    served = asyncio.ensure_future(mounted.run())
+    try:
+        await asyncio.wait((served, participant.lost, withdrawn), return_when=asyncio.FIRST_COMPLETED)
+        for over in (participant.lost, withdrawn):
+            if over.done():
+                await mounted.abort(over.result())
+                return over.result()
+        await native.close()
+        return ""
+    except asyncio.CancelledError:
+        # SIGTERM: as `umount` would, and by force when somebody still uses it.
+        async with mounted:
+            pass
+        await asyncio.wait((served,), timeout=UNMOUNT_SECONDS)
+        await native.close()
+        return ""
+
+
+def main(socket: str, device: str, mountpoint: str) -> None:
+    """Runs in the foreground; exits with a sentence when it cannot."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s.%(msecs)03d %(message)s", datefmt="%H:%M:%S")
+    paths: dict[str, Any] = asyncio.run(ask(socket, "paths"))
+    credentials = pki.load(paths["certificates"], paths["node"])
+
+    async def body(world: RealWorld) -> str:
+        return await serve(world, socket, paths["participants"], device, mountpoint)
+
+    try:
+        reason = run(body, state_directory="/nonexistent", credentials=credentials)
+    except (Refused, JournalDamaged) as error:
+        raise ClusterError(str(error)) from None
+    except OSError as error:
+        raise ClusterError(f"{device} cannot be mounted: {error.strerror or error}") from None
+    except Stopped as error:
+        raise ClusterError(f"{error}; the log has the details") from None
+    except asyncio.CancelledError:
+        sys.exit(1)
+    if reason:
+        raise ClusterError(f"the mount of {mountpoint} ended: {reason}")
