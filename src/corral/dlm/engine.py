@@ -134,6 +134,7 @@ class LockspaceEngine:
         self._announced = 0
         self._emit: list[object] = []
         self._held: list[object] = []  # decided while the lease had lapsed
+        self._lapsed = False  # as of the last tick: nothing to forget before the next lease
         self._frozen: list[tuple[MemberId, object]] = []  # messages that wait until we run
         self._deferred: dict[int, None] = {}  # locks whose operation waits until we run, in order
         self._timeouts: list[tuple[Instant, int]] = []
@@ -145,7 +146,7 @@ class LockspaceEngine:
     @property
     def deadline(self) -> Instant:
         first = self._timeouts[0][0] if self._timeouts else FOREVER
-        if self.phase != RUNNING:
+        if self.phase != RUNNING or self._lapsed:
             return first
         return min(first, self.space.toss_deadline())
 
@@ -313,9 +314,7 @@ class LockspaceEngine:
             elif op == "unlock" and not asked.flags & CANCEL:
                 error = self._unlock(now, lock, cookie, asked)
             elif op in ("cancel", "unlock"):
-                error = self._cancel(now, lock)
-                if not error:
-                    self._give(now, Done(client, handle, cookie, self._completion(lock, 0)))
+                error = self._cancel(now, lock, cookie)
             else:
                 error = EINVAL
         if error:
@@ -378,13 +377,15 @@ class LockspaceEngine:
         lock.operation += 1
         self._begin(now, lock, UNLOCK, cookie, 0)
 
-    def _cancel(self, now: Instant, lock: Lock) -> int:
+    def _cancel(self, now: Instant, lock: Lock, cookie: int) -> int:
         if lock.pending == UNLOCK or lock.overlap in (_CANCEL, _FORCE):
             return EINVAL
+        if not lock.pending and lock.flags & CANCEL:
+            return EINVAL  # cancelled already, and nothing asked for since
+        # What became of the cancelled operation is that one's completion; this one says that the cancel is under way.
+        self._give(now, Done(lock.id >> 32, lock.id & HANDLE_MAX, cookie, self._completion(lock, 0)))
         if lock.pending:
             self._withdraw(now, lock, _CANCEL)
-        elif lock.flags & CANCEL:
-            return EINVAL  # cancelled already, and nothing asked for since
         return 0
 
     def _withdraw(self, now: Instant, lock: Lock, why: int) -> None:
@@ -608,7 +609,7 @@ class LockspaceEngine:
                     self._mastering.completed(lock, code)
             elif code > 0:
                 self._blocked(now, lock, code)
-            else:
+            elif lock.pending != UNLOCK:  # else a force unlock waits to overtake what has just been granted
                 self._finished_operation(now, lock, code)
 
     def _finished_operation(self, now: Instant, lock: Lock, status: int) -> None:
@@ -675,7 +676,7 @@ class LockspaceEngine:
     def _blocked(self, now: Instant, lock: Lock, mode: int) -> None:
         if lock.pending == REQUEST:
             lock.blocked = max(lock.blocked, mode)  # told before the grant: said after it
-        elif not lock.abandoned:
+        elif not lock.abandoned and lock.granted != IV:  # else it ended while others were told
             self.space.counters.blocked += 1
             self._give(now, Blocked(lock.id >> 32, lock.id & HANDLE_MAX, mode))
 
@@ -700,7 +701,8 @@ class LockspaceEngine:
                 self._no_deadline(lock)
                 if lock.pending in (REQUEST, CONVERT) and not lock.overlap:
                     self._timed_out(now, lock)
-        if self._running(now):
+        self._lapsed = not self._running(now)
+        if not self._lapsed:
             self.space.expire(now, EXPIRE_MAX)
 
     def _timed_out(self, now: Instant, lock: Lock) -> None:
@@ -731,6 +733,7 @@ class LockspaceEngine:
         self.lease_until = until
         if now >= until:
             return
+        self._lapsed = False
         if self._held:
             self._emit.extend(self._held)
             self._held.clear()
@@ -761,6 +764,7 @@ class LockspaceEngine:
             self.space.counters.stale += 1
             return
         self.phase = RUNNING
+        self._lapsed = False
         space = self.space
         effects: Effects = []
         for name, resource in sorted(space.resources.items()):
