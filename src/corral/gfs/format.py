@@ -234,7 +234,9 @@ LEAF_HEAD: Final = Layout(
 )
 LEAF_AT: Final = 64
 LEAF_SIZE: Final = BLOCK - LEAF_AT  # 4032
-TABLE_HEAD: Final = Layout("directory table", ("index", "I"), ("reserved", "4x"), ("directory", "Q"), ("reserved", "16x"))
+TABLE_HEAD: Final = Layout(
+    "directory table", ("index", "I"), ("reserved", "4x"), ("directory", "Q"), ("reserved", "16x")
+)
 TABLE_AT: Final = 64
 TABLE_POINTERS: Final = 256  # in one table block
 INLINE_DEPTH: Final = 8  # up to 2^8 pointers lie in the dinode

@@ -1,0 +1,200 @@
+"""The filesystem as a door sees it: `corral.api.gfs.Filesystem`, whole, plus what the recovery of its group calls.
+
+stop()          at once: nothing new from the lock manager passes, cached glocks stay usable
+start(round)    the journals this node is to replay are clean on return (and what needs them: statfs merged)
+finish(round)   the gate opens; files that dead nodes had open and unlinked are freed in the background
+"""
+
+from errno import EAGAIN, EINTR, ENOSYS
+from typing import Any, Final
+
+from corral.api.dlm import EX as DLM_EX
+from corral.api.dlm import NOQUEUE, PR, Completion, Lockspace, Request
+from corral.api.gfs import FilesystemUsage, LockRange
+from corral.base.view import Round
+from corral.gfs import format as fmt
+from corral.gfs.files import Files
+from corral.gfs.glock import EX, FLOCK, NOEXP, SH
+from corral.gfs.inode import Inode
+from corral.gfs.journal import Ring
+from corral.gfs.posixlocks import F_RDLCK, F_UNLCK, PosixLocks
+from corral.gfs.recovery import Recovery
+from corral.gfs.system import ring_of
+
+_DLM_EAGAIN: Final = -11
+
+
+class GfsFilesystem(Files):
+    """One mount. Made by `corral.gfs.mount.mount`; ends with `destroy`."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.lockspace: Lockspace | None = arguments[3]
+        self.posix = PosixLocks(self.world)
+        self.recovery = Recovery(self)
+        self.flocks: dict[tuple[int, int], tuple[int, int]] = {}  # (inode, owner) -> (lock handle, mode)
+        self.destroyed = False
+
+    # --- recovery ----------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        self.locks.table.close_gate()
+
+    async def start(self, round: Round | None = None) -> None:
+        await self.recovery.start(round)
+
+    def finish(self, round: Round | None = None) -> None:
+        if self.recovery.finish(round):
+            self.locks.open_gate()
+            self.world.spawn(self._scan_unlinked(), "gfs: free unlinked files")
+
+    async def ring_of(self, slot: int) -> Ring:
+        return await ring_of(self.device, self.superblock, self.system, slot)
+
+    async def _scan_unlinked(self) -> None:
+        try:
+            await self.scan_unlinked()
+        except OSError:
+            self.counts["scan_failed"] = self.counts.get("scan_failed", 0) + 1
+
+    # --- the whole filesystem ----------------------------------------------------------------------------------------
+
+    async def statfs(self) -> FilesystemUsage:
+        """The master's totals and this slot's own changes; other slots' newest changes follow within their quantum."""
+        formal, number = self.system[b"statfs"]
+        master = self.inode(number, formal)
+        await self.hold(master, SH)
+        total, free, dinodes = fmt.STATFS.unpack_from(master.payload)
+        self.drop(master, SH)
+        free = max(0, free + self.free_change)
+        return FilesystemUsage(fmt.BLOCK, total, free, free, max(0, dinodes + self.dinode_change) + free, free)
+
+    async def sync_statfs(self, flags: int = 0) -> None:
+        """Moves this slot's changes into the master, in one transaction."""
+        if not self.free_change and not self.dinode_change:
+            return
+        formal, number = self.system[b"statfs"]
+        master = self.inode(number, formal)
+        await self.hold(master, EX, flags)
+        try:
+            total, free, dinodes = fmt.STATFS.unpack_from(master.payload)
+            fmt.STATFS.pack_into(master.payload, 0, total, free + self.free_change, dinodes + self.dinode_change)
+            self.free_change = self.dinode_change = 0
+            self.count_blocks(0, 0)
+            self.touch(master)
+        finally:
+            self.drop(master, EX)
+
+    async def sync(self) -> None:
+        """Everything done before the call is durable on return."""
+        self.refuse_withdrawn()
+        await self.journal.commit()
+        await self.data.write_all()
+        await self.device.flush()
+
+    async def destroy(self) -> None:
+        """Unmount: everything committed and in place, the journal marked clean, every lock given back."""
+        if self.destroyed:
+            return
+        self.destroyed = True
+        self._stop_timer()
+        if self.withdrawn is None:
+            for handle in sorted(self.handles):
+                await self.release(0, handle, None)
+            await self.sync_statfs(NOEXP)
+            await self.data.write_all()
+            await self.journal.close()
+            await self.device.flush()
+        self.locks.stop()
+        if self.lockspace is not None:
+            await self.lockspace.close()
+
+    # --- record locks ------------------------------------------------------------------------------------------------
+
+    async def getlk(self, ino: int, handle: int, owner: int, lock: LockRange) -> LockRange:
+        self._needs_local()
+        conflict = self.posix.conflict(self._by_handle(ino, handle).number, owner, lock)
+        return conflict or LockRange(lock.start, lock.end, F_UNLCK)
+
+    async def setlk(self, ino: int, handle: int, owner: int, lock: LockRange, *, wait: bool, flock: bool) -> None:
+        inode = self._by_handle(ino, handle)
+        if flock:
+            if self.locks.table.local:
+                await self.posix.set(-inode.number, owner, LockRange(0, fmt_max(), lock.type, lock.pid), wait=wait)
+            else:
+                await self._flock(inode, owner, lock.type, wait=wait)
+            return
+        self._needs_local()
+        await self.posix.set(inode.number, owner, lock, wait=wait)
+
+    def _needs_local(self) -> None:
+        """Never node-local where others mount too: until ranges go through the dlm the answer is ENOSYS."""
+        if not self.locks.table.local:
+            raise OSError(ENOSYS, "record locks over several nodes are not there yet; flock works")
+
+    async def _flock(self, inode: Inode, owner: int, kind: int, *, wait: bool) -> None:
+        """One dlm lock for each open file description. Changing the mode releases first, as flock(2) warns."""
+        assert self.lockspace is not None
+        key = (inode.number, owner)
+        mode = PR if kind == F_RDLCK else DLM_EX
+        held = self.flocks.pop(key, None)
+        if held is not None:
+            if kind != F_UNLCK and held[1] == mode:
+                self.flocks[key] = held
+                return
+            await self._submit(Request("unlock", lock=held[0]))
+        if kind == F_UNLCK:
+            return
+        name = b"%8x%16x" % (FLOCK, inode.number)
+        request = Request("lock", name, mode, 0 if wait else NOQUEUE)
+        handle, completion = await self._submit(request)
+        if completion.status == _DLM_EAGAIN:
+            raise OSError(EAGAIN, "locked")
+        if completion.status:
+            raise OSError(EINTR, "the lock request was given up")
+        self.flocks[key] = (handle, mode)
+
+    async def _submit(self, request: Request) -> tuple[int, Completion]:
+        assert self.lockspace is not None
+        future = self.world.future()
+
+        def completed(_: int, completion: Completion) -> None:
+            if not future.done():
+                future.set_result(completion)
+            elif request.op == "lock" and completion.status == 0:
+                self._give_back(handle)
+
+        (handle,) = self.lockspace.submit([request], completed, None)
+        try:
+            return handle, await future
+        except BaseException:
+            if request.op == "lock":
+                if not future.done():
+                    future.cancel()
+                    self.lockspace.submit([Request("cancel", lock=handle)], lambda *_: None, None)
+                else:
+                    self._give_back(handle)
+            raise
+
+    def _give_back(self, handle: int) -> None:
+        """Granted after the wish was withdrawn."""
+        assert self.lockspace is not None
+        self.lockspace.submit([Request("unlock", lock=handle)], lambda *_: None, None)
+
+    async def flush(self, ino: int, handle: int, lock_owner: int) -> None:
+        if self.posix.any:
+            self.posix.drop_owner(self._by_handle(ino, handle).number, lock_owner)
+
+    async def release(self, ino: int, handle: int, flock_owner: int | None) -> None:
+        found = self.handles.get(handle)
+        if found is not None and flock_owner is not None:
+            number = found.inode.number
+            self.posix.drop_owner(-number, flock_owner)
+            held = self.flocks.pop((number, flock_owner), None)
+            if held is not None:
+                await self._submit(Request("unlock", lock=held[0]))
+        await super().release(ino, handle, flock_owner)
+
+
+def fmt_max() -> int:
+    return (1 << 63) - 1

@@ -1,0 +1,130 @@
+"""Recovery of journals: one's own when mounting, a dead node's in a round (DESIGN 5, recovery gate; traps 14-17).
+
+For each slot: hold the journal's glock in EX (a live owner holds it, so it is had only when the owner is gone), scan,
+replay, write a clean header, merge the slot's statfs changes into the master in one transaction of *our* journal.
+Every step may be repeated, so a recoverer that dies halfway is replaced by the next round.
+"""
+
+from typing import TYPE_CHECKING
+
+from corral.base.view import Round
+from corral.gfs import format as fmt
+from corral.gfs.device import Device
+from corral.gfs.format import BlockDamaged
+from corral.gfs.glock import EX, JOURNAL, NOEXP
+from corral.gfs.inode import Inode
+from corral.gfs.journal import Ring
+from corral.gfs.replay import JournalDamaged, JournalState, put_in_place, scan, write_clean_header
+from corral.gfs.rgrp import Rgrp
+
+if TYPE_CHECKING:
+    from corral.gfs.filesystem import GfsFilesystem
+
+
+async def replay_slot(device: Device, ring: Ring, slot: int, uuid: bytes, wall: int) -> JournalState:
+    """Clean on return; what was done is in the state returned. Raises JournalDamaged, OSError."""
+    state = await scan(device, ring, slot, uuid)
+    if not state.clean:
+        await put_in_place(device, state)
+        await write_clean_header(device, ring, slot, uuid, state, wall)
+    return state
+
+
+class Recovery:
+    """What `stop`, `start` and `finish` of a filesystem do with journals."""
+
+    def __init__(self, filesystem: "GfsFilesystem") -> None:
+        self.filesystem = filesystem
+        self.ever_finished = False  # until then a round without survivors makes this node a first mounter
+        self.started = -1
+        self.replayed: list[int] = []  # slots, for status
+        self.failed: dict[int, str] = {}  # slots whose replay failed: the gate stays shut
+
+    async def start(self, round: Round | None) -> None:
+        """`round` None: the only mount there is. Raises JournalDamaged when a journal cannot be replayed."""
+        identity = round.id if round is not None else 0
+        self.started = -1
+        for slot in self._slots(round):
+            try:
+                await self._recover(slot)
+                self.failed.pop(slot, None)
+            except (JournalDamaged, BlockDamaged) as error:
+                self.failed[slot] = str(error)
+                raise
+        self.started = identity
+
+    def _slots(self, round: Round | None) -> list[int]:
+        """A survivor replays the failed members' journals, a first mounter all; nobody those of live owners."""
+        own = self.filesystem.slot
+        every = range(self.filesystem.superblock.journals)
+        if round is None:
+            return [slot for slot in every if slot != own]
+        alive = {entry.slot for entry in round.members}
+        newcomers = set(round.joined)
+        survivors = [entry for entry in round.members if entry.member not in newcomers]
+        if not survivors:
+            return [slot for slot in every if slot not in alive]
+        return [slot for slot in sorted({entry.slot for entry in round.failed}) if slot not in alive]
+
+    def finish(self, round: Round | None) -> bool:
+        """False for a stale round, or while a journal is known to be unreadable."""
+        identity = round.id if round is not None else 0
+        if identity != self.started or self.failed:
+            return False
+        self.ever_finished = True
+        return True
+
+    async def _recover(self, slot: int) -> None:
+        filesystem = self.filesystem
+        glock = filesystem.locks.table.get(JOURNAL, slot)
+        await filesystem.locks.hold(glock, EX, NOEXP)
+        try:
+            ring = await filesystem.ring_of(slot)
+            device, uuid = filesystem.device, filesystem.superblock.uuid
+            state = await scan(device, ring, slot, uuid)
+            if not state.clean:
+                await put_in_place(device, state)
+                await self._bury(state)
+                await write_clean_header(device, ring, slot, uuid, state, filesystem.world.wall_ns())
+                self.replayed.append(slot)
+            await self._merge_statfs(slot)
+        finally:
+            filesystem.locks.drop(glock, EX)
+        filesystem.locks.give_up(glock)
+
+    async def _bury(self, state: JournalState) -> None:
+        """Freed dinodes whose tombstones may not have been written: their blocks must not look like files."""
+        filesystem = self.filesystem
+        for number in sorted(state.revoked_numbers):
+            try:
+                rgrp = filesystem.rgrp_of(number)
+                probe = Rgrp(rgrp.number, rgrp.data0, rgrp.blocks, rgrp.index, rgrp.glock)
+                # The dead node held this group in EX if it freed something in it after the tail.
+                probe.load(await filesystem.device.read(rgrp.number))
+            except BlockDamaged:
+                continue
+            if probe.state(number) == fmt.FREE and number not in state.images and rgrp.number in state.images:
+                await filesystem.device.write(number, [fmt.ZERO_BLOCK])
+
+    async def _merge_statfs(self, slot: int) -> None:
+        """Into the master, and zero, in one transaction of this node's journal (trap 17)."""
+        filesystem = self.filesystem
+        change = filesystem.system_inode(b"statfs_change%d" % slot)
+        master = filesystem.system_inode(b"statfs")
+        held: list[Inode] = []
+        try:
+            for inode in sorted((change, master), key=lambda one: one.number):
+                await filesystem.hold(inode, EX, NOEXP)
+                held.append(inode)
+            _, free, dinodes = fmt.STATFS.unpack_from(change.payload)
+            if free or dinodes:
+                total, all_free, all_dinodes = fmt.STATFS.unpack_from(master.payload)
+                fmt.STATFS.pack_into(master.payload, 0, total, all_free + free, all_dinodes + dinodes)
+                fmt.STATFS.pack_into(change.payload, 0, 0, 0, 0)
+                filesystem.touch(master)
+                filesystem.touch(change)
+                await filesystem.journal.commit()
+        finally:
+            for inode in held:
+                filesystem.drop(inode, EX)
+        filesystem.locks.give_up(change.glock)
