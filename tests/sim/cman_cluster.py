@@ -142,11 +142,11 @@ class Node:
         self.sessions: dict[NodeId, Session] = {}
         self.armed = {"beat": FOREVER, "member": FOREVER}
         self.write([started])
-        self.member = MembershipEngine(self.me, cluster.nodes_ids, TIMING, state, self.clock())
+        self.member = MembershipEngine(self.me, cluster.nodes_ids, cluster.timing, state, self.clock())
         self.beat = HeartbeatEngine(
             self.me,
             cluster.nodes_ids,
-            TIMING,
+            cluster.timing,
             state.record,
             self.clock(),
             quiet=quiet,
@@ -206,7 +206,7 @@ class Node:
                 self.unwritten.append(ready)
                 if not self.writing:
                     self.writing = True
-                    self.cluster.later(self.cluster.write_ns(), self.written, node=self)
+                    self.cluster.later(self.cluster.write_ns(self), self.written, node=self)
         else:
             self.follow(ready)
 
@@ -221,7 +221,7 @@ class Node:
                 return
         if self.unwritten and not self.writing:
             self.writing = True
-            self.cluster.later(self.cluster.write_ns(), self.written, node=self)
+            self.cluster.later(self.cluster.write_ns(self), self.written, node=self)
 
     def follow(self, ready: Ready) -> None:
         for peer, message in ready.then_send:
@@ -336,6 +336,7 @@ FAULTS = (
     "fault_power_cut",
     "fault_session",
     "fault_loss",
+    "fault_hung_disk",
     "fault_ambush",
     "fault_leave",
     "fault_proof",
@@ -360,15 +361,21 @@ class Cluster:
         self.loss = 0.0
         self.slow = 0  # extra delay, ns at most
         self.slow_disk = 0
+        self.hung_disk: NodeId = 0  # this node's writes take very long
         self.calm = False
         self.session_number = 0
         self.connecting: set[tuple[NodeId, NodeId]] = set()
         self.views: dict[ViewId, View] = {}
         self.quorate_epochs: dict[int, View] = {}
+        self.promised_with_memory: dict[ViewId, set[NodeId]] = {}
         self.accepted_on_disk: dict[ViewId, set[NodeIncarnation]] = {}
         self.installed_quorate: dict[int, View] = {}
         self.ambush: type | None = None
         self.kinds = self.rng.sample(FAULTS, self.rng.randint(1, len(FAULTS)))
+        self.timing = Timing(DETECT, heartbeats_per_detect=5)
+        if self.rng.random() < 0.3:  # knobs: nothing but liveness may depend on them
+            self.timing.patience_ns = self.rng.choice((DETECT // 10, DETECT // 2))  # type: ignore[misc]
+            self.timing.phase_ns = self.rng.choice((DETECT // 10, DETECT))  # type: ignore[misc]
         self.nodes_ids = tuple(range(1, size + 1))
         self.record = first_record(dict.fromkeys(self.nodes_ids, 1), TIMING.lease_ns)
         self.nodes = {node: Node(self, node) for node in self.nodes_ids}
@@ -407,8 +414,10 @@ class Cluster:
         delay = self.rng.randint(20_000, 2 * MILLISECOND)
         return delay + (self.rng.randint(0, self.slow) if self.slow else 0)
 
-    def write_ns(self) -> int:
+    def write_ns(self, node: Node) -> int:
         delay = self.rng.randint(200_000, 4 * MILLISECOND)
+        if node.node == self.hung_disk:
+            delay += self.rng.randint(DETECT, 8 * DETECT)
         return delay + (self.rng.randint(0, self.slow_disk) if self.slow_disk else 0)
 
     def count(self, what: str, by: int = 1) -> None:
@@ -606,7 +615,12 @@ class Cluster:
         self.later(self.span(), self.fault_loss_ends)
 
     def fault_loss_ends(self) -> None:
-        self.loss, self.slow, self.slow_disk = 0.0, 0, 0
+        self.loss, self.slow, self.slow_disk, self.hung_disk = 0.0, 0, 0, 0
+
+    def fault_hung_disk(self) -> None:
+        """One disk takes seconds for a record while the node's heartbeats go on."""
+        self.hung_disk = self.pick().node
+        self.later(4 * DETECT, self.fault_loss_ends)
 
     def fault_ambush(self) -> None:
         """A message of the next agreement meets a second failure."""
@@ -664,6 +678,8 @@ class Cluster:
             before = [r for r in map(wire.RECORDS.decode, node.log[:-1]) if isinstance(r, wire.Promised)]
             if before and record.id.epoch <= before[-1].id.epoch:
                 raise Violation(f"CMAN-4: node {node.node} promised {before[-1].id}, now {record.id}")
+            if self.remembers(node):
+                self.promised_with_memory.setdefault(record.id, set()).add(node.node)
         elif isinstance(record, wire.AcceptedView):
             promises = [r for r in map(wire.RECORDS.decode, node.log) if isinstance(r, wire.Promised)]
             if not promises or promises[-1].id != record.view.id:
@@ -675,10 +691,8 @@ class Cluster:
         known = self.views.setdefault(view.id, view)
         if known != view:
             raise Violation(f"CMAN-1: {view.id} is both {known} and {view}")
-        if view.quorate and node.node == view.id.coordinator:
-            remembering = frozenset(number for number in view.nodes if self.remembers(self.nodes[number]))
-            if not self.record.quorate(remembering):
-                raise Violation(f"CMAN-9: {view} has a quorum only with nodes that have no memory")
+        if view.quorate and not self.record.quorate(self.promised_with_memory.get(view.id, set())):
+            raise Violation(f"CMAN-9: {view} has a quorum only with nodes that have no memory")
         if view.quorate:
             other = self.quorate_epochs.setdefault(view.id.epoch, view)
             if other.id != view.id:

@@ -145,7 +145,7 @@ PLANTS = (
     Plant(lease_without_echo, "CMAN-10"),
     Plant(forget_promise, "CMAN-3"),
     Plant(reuse_epochs, "CMAN-4"),
-    Plant(accept_anything, "CMAN-3", ("fault_ambush", "fault_crash", "fault_partition")),
+    Plant(accept_anything, "CMAN-3", ("fault_hung_disk", "fault_crash")),
     Plant(install_early, "CMAN-2"),
     Plant(readmit_the_lost, "CMAN-5"),
     Plant(count_the_forgetful, "CMAN-9", ("fault_state_loss", "fault_partition", "fault_crash")),

@@ -391,10 +391,12 @@ class MembershipEngine:
         """The coordinator may not know that this node is stopped, or went on to another view."""
         if self.view is None:
             return
-        if now >= self._asked_at + self.timing.detect_ns:
+        due = max(self._asked_at + self.timing.detect_ns, self._progress_at + self.timing.settle_ns)
+        if now >= due:
             self._asked_at = now
             self._tell(coordinator, Reform(self.state.promised, self._broken))
-        self._due = min(self._due, self._asked_at + self.timing.detect_ns)
+            due = now + self.timing.detect_ns
+        self._due = min(self._due, due)
 
     # --- coordinator -----------------------------------------------------------------------------------------------
 
