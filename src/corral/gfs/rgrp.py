@@ -32,6 +32,8 @@ def count_state(bits: bytes | bytearray, state: int) -> int:
 
 def set_range(bits: bytearray, start: int, count: int, state: int) -> None:
     """Sets `count` entries from `start`."""
+    if not count:
+        return  # `start` may be the end of the bits
     end = start + count
     fill = FILL[state]
     first, last = start >> 2, end >> 2

@@ -121,3 +121,9 @@ def test_a_wrong_count_is_noticed() -> None:
 def test_bits_beyond_the_end_are_used() -> None:
     rgrp = fresh(500)
     assert count_state(rgrp.bits, fmt.USED) == fmt.RGRP_BLOCKS_MAX - 500
+
+
+def test_a_full_size_group_has_no_tail_to_fill() -> None:
+    bits = bytearray(4)
+    set_range(bits, 16, 0, 1)
+    assert bits == bytearray(4)
