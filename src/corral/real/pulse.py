@@ -17,9 +17,10 @@ STALL_WARN_EVERY: Final = 10.0  # seconds between such lines
 IDLE_NS: Final = 3_000_000  # a pulse later than this says the loop is busy: no collection now
 SETTLED_SECONDS: Final = 2.0  # after so long the start-up heap is what it will be
 YOUNG_MIN: Final = 2_000  # new container objects that make a young collection worth while
-YOUNG_MAX: Final = 100_000  # ... and so many are collected in a busy turn too: garbage must not grow without bound
-MIDDLE_EVERY: Final = 16  # young collections per one of the middle generation
+YOUNG_MAX: Final = 20_000  # ... and so many are collected in a busy turn too: garbage must not grow without bound
+MIDDLE_EVERY: Final = 8  # young collections per one of the middle generation
 FULL_SECONDS: Final = 600.0  # between collections of all that is not frozen
+FULL_MAX: Final = 50_000  # more old objects than that are frozen unseen: looking at them would take over 5 ms
 
 log = logging.getLogger("corral.loop")
 
@@ -102,7 +103,8 @@ class Pulse:
             return
         if now >= self._full_at:
             self._full_at = now + FULL_SECONDS
-            self._timed(2)
+            if len(gc.get_objects(generation=2)) <= FULL_MAX:
+                self._timed(2)
             gc.freeze()  # what survived is long-lived: the next one need not look at it again
         elif fresh >= YOUNG_MIN:
             self._young += 1

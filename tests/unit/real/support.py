@@ -1,6 +1,7 @@
 """What the tests of the real World share: one-cluster credentials, a recording handler, and a runner on uvloop."""
 
 import asyncio
+import atexit
 import functools
 import tempfile
 from collections.abc import Callable, Coroutine
@@ -24,14 +25,11 @@ def authority(cluster: str, serial: int = 0) -> str:
 @functools.cache
 def _authority(cluster: str, serial: int) -> str:
     directory = tempfile.TemporaryDirectory(prefix="corral-pki-")
-    _kept.append(directory)
+    atexit.register(directory.cleanup)
     pki.create_authority(directory.name, cluster)
     for node in (1, 2, 3):
         pki.create_node(directory.name, node)
     return directory.name
-
-
-_kept: list[tempfile.TemporaryDirectory[str]] = []  # removed when the session ends
 
 
 def credentials(node: int, cluster: str = "home", serial: int = 0) -> Credentials:
