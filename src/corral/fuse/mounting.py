@@ -109,7 +109,11 @@ def _absolute(path: str) -> str:
 
 
 def is_dead(path: str) -> bool:
-    """Whether a FUSE mount is there whose server is gone ("Transport endpoint is not connected")."""
+    """Whether a FUSE mount is there whose server is gone ("Transport endpoint is not connected"). Only a FUSE mount is
+    touched for that, so that no other filesystem's trouble can make this hang."""
+    mounted = mounted_at(path)
+    if mounted is None or not mounted.type.startswith("fuse"):
+        return False
     try:
         os.stat(path)
     except OSError as error:
@@ -368,5 +372,10 @@ async def mount(
         abort=functools.partial(abort_connection, mounted),
     )
     session.start()
-    await session.ready
+    try:
+        await session.ready
+    except asyncio.CancelledError:
+        session.withdraw("mounting was given up")
+        await asyncio.wait([session.closed])
+        raise
     return Mount(session, mounted)
