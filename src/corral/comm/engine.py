@@ -18,7 +18,7 @@ from corral.base.errors import PeerError
 from corral.base.ids import MemberId, NodeId
 from corral.base.time import FOREVER, Instant
 from corral.comm import seal, wire
-from corral.comm.actions import Action, Limits, Shut, Write
+from corral.comm.actions import Action, Counters, Limits, Shut, Write
 from corral.comm.session import Identity, SessionEngine, Shared
 from corral.comm.wire import Hello, Refuse
 from corral.wire import frame
@@ -47,7 +47,7 @@ class PeerStatistics(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Sums since the start of the process. `frames_sent` and `bytes_sent` count messages, not resends."""
+    """Sums since the start of the process. Frames and bytes are those of messages, each once however often sent."""
 
     frames_sent: int
     bytes_sent: int
@@ -239,16 +239,25 @@ class CommEngine:
         if session is not None:
             if session.connection == connection:
                 session.receive(now, messages)
-                if session.connection != connection:
-                    self._unlink(session)
-            elif not session.answered(now, messages) or session.connection != connection:
-                self._unlink(session)
-            if session.deadline < self.deadline:
-                self.deadline = session.deadline
+            else:
+                session.answered(now, messages)
+            self.settle(session, connection)
             return
         guest = self._guests.get(connection)
         if guest is not None:
             self._greet(now, connection, guest, messages)
+
+    def open_session(self, connection: int) -> SessionEngine | None:
+        """The session this connection carries: a runner in a hurry may call its `receive` itself, then `settle`."""
+        session = self._by_connection.get(connection)
+        return session if session is not None and session.connection == connection else None
+
+    def settle(self, session: SessionEngine, connection: int) -> None:
+        """After `receive` on this connection."""
+        if session.connection != connection:
+            self._unlink(session)
+        if session.deadline < self.deadline:
+            self.deadline = session.deadline
 
     def broken(self, now: Instant, connection: int, reason: str) -> None:
         self._guests.pop(connection, None)
@@ -332,17 +341,22 @@ class CommEngine:
     # --- for people ---------------------------------------------------------------------------------------------------
 
     def statistics(self) -> Statistics:
-        counters = self._shared.counters
+        past = self._shared.counters
+        counters = Counters([])
+        for kept in ("frames_sent", "bytes_sent", "frames_received", "bytes_received"):
+            setattr(counters, kept, getattr(past, kept))
+        for session in self._sessions():
+            session.count(counters)
         return Statistics(
             frames_sent=counters.frames_sent,
             bytes_sent=counters.bytes_sent,
             frames_received=counters.frames_received,
             bytes_received=counters.bytes_received,
-            resends=counters.resends,
-            duplicates=counters.duplicates,
-            sessions=counters.sessions,
+            resends=past.resends,
+            duplicates=past.duplicates,
+            sessions=past.sessions,
             guests=len(self._guests),
-            rejects=tuple(sorted(counters.rejects.items())),
+            rejects=tuple(sorted(past.rejects.items())),
             peers=tuple(
                 PeerStatistics(s.peer, s.session, s.alive, s.connection != 0, s.queued_frames, s.queued_bytes)
                 for s in self._sessions()

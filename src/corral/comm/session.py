@@ -90,6 +90,8 @@ class SessionEngine:
         "_attempt",
         "_attempt_at",
         "_backoff",
+        "_bytes_received",
+        "_bytes_sent",
         "_greeting",
         "_greeting_at",
         "_half",
@@ -145,6 +147,8 @@ class SessionEngine:
         self._unacked_bytes = 0
         self._received = 0
         self._received_acked = 0
+        self._bytes_sent = 0
+        self._bytes_received = 0
         self._ack_at: Instant = FOREVER
         self._age_at: Instant = FOREVER
         self._age_marks = (0, 0)  # _sent at the last check and at the one before
@@ -175,6 +179,13 @@ class SessionEngine:
                 return opener
         return None
 
+    def count(self, counters: Counters) -> None:
+        """Adds the living session's traffic; the sums of those that ended are in the shared counters already."""
+        counters.frames_sent += self._sent
+        counters.bytes_sent += self._bytes_sent
+        counters.frames_received += self._received
+        counters.bytes_received += self._bytes_received
+
     def owns(self, connection: int) -> bool:
         return connection in (self.connection, self._greeting)
 
@@ -201,9 +212,7 @@ class SessionEngine:
         self._unacked.append(message)
         self._unacked_bytes = size
         self._received_acked = received
-        counters = self._shared.counters
-        counters.frames_sent += 1
-        counters.bytes_sent += length
+        self._bytes_sent += length
         return message
 
     def _acknowledged(self, ack: int) -> bool:
@@ -267,9 +276,14 @@ class SessionEngine:
                     continue
                 problem = f"frame {sequence} after {received}"
                 break
-            if ack != self._acked and not self._acknowledged(ack):
-                problem = f"frame acknowledges {ack} of {self._sent}"
-                break
+            if ack != self._acked:
+                if ack == self._sent:  # all of it: what an answer to the last message says
+                    self._unacked.clear()
+                    self._head = self._unacked_bytes = 0
+                    self._acked = ack
+                elif not self._acknowledged(ack):
+                    problem = f"frame acknowledges {ack} of {self._sent}"
+                    break
             received = sequence
             size += length
             if port == run_port and round_id == run_round:
@@ -279,9 +293,7 @@ class SessionEngine:
                 run_port = port
                 run_round = round_id
                 out.append(Deliver(peer, port, round_id, run))
-        counters = self._shared.counters
-        counters.frames_received += len(messages)
-        counters.bytes_received += size
+        self._bytes_received += size
         if not self.alive or self.session != session:
             return
         self._received = received
@@ -340,6 +352,8 @@ class SessionEngine:
             self.connection = 0
         self._drop_greeting()  # a greeting that would resume this session must not
         self.alive = False
+        self.count(self._shared.counters)
+        self._bytes_sent = self._bytes_received = 0
         self._lost_at = self._ack_at = self._age_at = FOREVER
         self._sent = self._acked = self._received = self._received_acked = self._head = self._unacked_bytes = 0
         self._unacked.clear()
@@ -464,8 +478,8 @@ class SessionEngine:
 
     # --- the caller's half of the handshake -----------------------------------------------------------------------
 
-    def answered(self, now: Instant, messages: list[bytes]) -> bool:
-        """First frames on the greeting connection. True: it is open now, and whatever followed was received too."""
+    def answered(self, now: Instant, messages: list[bytes]) -> None:
+        """First frames on the greeting connection; what follows a WELCOME is received at once."""
         connection = self._greeting
         try:
             first = frame.parse(messages[0])
@@ -480,10 +494,10 @@ class SessionEngine:
             self._shared.counters.reject("malformed answer to a hello", self.peer.node, str(error))
             self._drop_greeting()
             self._retry(now)
-            return False
+            return
         if isinstance(body, Refuse):
             self._refused(now, body)
-            return False
+            return
         assert isinstance(body, Welcome)
         self._greeting = 0
         self._greeting_at = FOREVER
@@ -491,7 +505,7 @@ class SessionEngine:
             if not self._acked <= body.received <= self._sent:
                 self._shared.out.append(Shut(connection))
                 self._offend(now, f"WELCOME acknowledges {body.received} of {self._sent}")
-                return False
+                return
             self._take(now, connection, self._half, body.key_half)
             self._resume(body.received)
         else:
@@ -501,7 +515,6 @@ class SessionEngine:
             self._begin(now)
         if len(messages) > 1:
             self.receive(now, messages[1:])
-        return True
 
     def _check_welcome(self, body: Welcome, session: int) -> None:
         """Raises PeerError unless it answers this hello, from this peer of this cluster."""

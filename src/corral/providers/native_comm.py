@@ -44,7 +44,27 @@ class _Wire:
         self.reason: str | None = None  # broken before `connect` returned
 
     def received(self, messages: list[bytes]) -> None:
-        self._comm._received(self.number, messages)
+        """The path of every message, so it is one function: receive, and hand over if that is all there is to do."""
+        comm = self._comm
+        engine = comm._engine
+        out = engine.out
+        session = engine.open_session(self.number)
+        if session is None or out or comm._acting:
+            comm._received(self.number, messages)
+            return
+        session.receive(comm._world.now(), messages)
+        engine.settle(session, self.number)
+        if len(out) == 1 and isinstance(action := out[0], Deliver):
+            out.clear()
+            comm._acting = True
+            try:
+                comm._hand_over(action.port, action.peer, action.round_id, action.payloads)
+            finally:
+                comm._acting = False
+        if out:
+            comm._act()
+        elif engine.deadline < comm._timer_at:
+            comm._arm()
 
     def broken(self, reason: str) -> None:
         if self.connection is None:
@@ -298,6 +318,10 @@ class NativeComm:
             self._drain()
         finally:
             self._acting = False
+        self._arm()
+
+    def _arm(self) -> None:
+        """One timer for all of comm: it may fire early, the engine does not mind; it is never moved back."""
         deadline = self._engine.deadline
         if deadline < self._timer_at and not self._closed:
             if self._timer is not None:
