@@ -125,7 +125,7 @@ class Cluster:
         self.story: list[str] = []
         self.max_delay = self.rng.choice((MILLISECOND, 5 * MILLISECOND, 30 * MILLISECOND))
 
-    # --- time and network ----------------------------------------------------------------------------------------------
+    # --- time and network --------------------------------------------------------------------------------------------
 
     def at(self, delay: int, call: object, *arguments: object) -> None:
         self.sequence += 1
@@ -170,7 +170,7 @@ class Cluster:
         else:
             self.step(node, Received(sender, CODEC.decode(payload)))
 
-    # --- rounds --------------------------------------------------------------------------------------------------------
+    # --- rounds ------------------------------------------------------------------------------------------------------
 
     def live(self) -> list[Node]:
         return [node for _, node in sorted(self.nodes.items()) if node.alive]
@@ -217,7 +217,7 @@ class Cluster:
             for me in self.group:
                 self.at(self.rng.randrange(10 * MILLISECOND), self.control, me, round_id, Finish(round_id))
 
-    # --- faults --------------------------------------------------------------------------------------------------------
+    # --- faults ------------------------------------------------------------------------------------------------------
 
     def join(self) -> None:
         numbers = [me.node for me in self.nodes]
@@ -282,7 +282,7 @@ class Cluster:
             self.change()
         self.at(self.rng.choice((5, 40, 150, 400)) * MILLISECOND, self.fault)
 
-    # --- clients -------------------------------------------------------------------------------------------------------
+    # --- clients -----------------------------------------------------------------------------------------------------
 
     def submit(self, client: Client, handle: int, request: Request) -> None:
         self.cookies += 1
@@ -365,7 +365,7 @@ class Cluster:
         timeout_ns = rng.randrange(1, 300) * MILLISECOND if rng.random() < 0.3 else 0
         self.submit(client, handle, Request("convert", mode=mode, flags=flags, timeout_ns=timeout_ns))
 
-    # --- what engines say ----------------------------------------------------------------------------------------------
+    # --- what engines say --------------------------------------------------------------------------------------------
 
     def emitted(self, node: Node, event: object) -> None:
         if isinstance(event, RoundDone):
@@ -458,7 +458,7 @@ class Cluster:
             ):
                 self.acknowledged[name] = 0
 
-    # --- the run -------------------------------------------------------------------------------------------------------
+    # --- the run -----------------------------------------------------------------------------------------------------
 
     def play(self) -> dict[str, int]:
         for _ in range(self.rng.randrange(3, 6)):
@@ -481,7 +481,7 @@ class Cluster:
             space = engine.space
             require(space.counters.conflicts == 0, "DLM-5", "recovered locks exclude each other")
             require(space.counters.hostile == 0, "DLM-7", f"{node.me} took a member for hostile")
-            left = [name for name in space.resources]
+            left = list(space.resources)
             require(not left and not space.copies and not space.lock_count, "DLM-3", f"{node.me} still has {left}")
             require(not space.directory, "DLM-3", f"{node.me} still lists {space.directory}")
 

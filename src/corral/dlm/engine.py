@@ -503,10 +503,10 @@ class LockspaceEngine:
 
     def _dispatch(self, now: Instant, lock: Lock) -> None:
         """Takes the pending operation to the resource's master, here or elsewhere. Only while running."""
-        if lock.overlap and not lock.sent and lock.status not in (WAITING, CONVERTING):
+        resource = lock.resource
+        if lock.overlap and lock.status not in (WAITING, CONVERTING) and (resource.complete or not lock.sent):
             self._undo(now, lock)
             return
-        resource = lock.resource
         if resource.complete:
             self._perform(now, lock)
         elif resource.looking is not None:
@@ -954,13 +954,11 @@ class LockspaceEngine:
         for at, lock in enumerate(looking):
             if not lock.pending:
                 continue
-            if at == 0:
-                if taken and lock.pending == REQUEST:
-                    if lock.overlap:
-                        space.send.append((peer, Cancel(lock.id, lock.operation)))
-                    continue
-                lock.sent = taken
-            self._dispatch(now, lock)
+            if at == 0 and taken and lock.pending == REQUEST:
+                if lock.overlap:
+                    space.send.append((peer, Cancel(lock.id, lock.operation)))
+            else:
+                self._dispatch(now, lock)  # `sent` stays: an earlier round's directory may have taken it
         if not resource.processes and not resource.copies:
             space.toss(now, resource)
 

@@ -8,9 +8,12 @@ features 1.5. The legality checks return 0 or a negative errno, because they run
 from typing import Final
 
 from corral.api.dlm import (
+    ALTCW,
+    ALTPR,
     CANCEL,
     CONVDEADLK,
     CONVERT,
+    CW,
     EX,
     EXPEDITE,
     FORCEUNLOCK,
@@ -18,6 +21,8 @@ from corral.api.dlm import (
     IVVALBLK,
     NL,
     NOQUEUE,
+    PR,
+    PW,
     QUECVT,
     VALBLK,
 )
@@ -74,12 +79,33 @@ VALUE_TRANSFER: Final[tuple[tuple[int, ...], ...]] = (
 
 def is_middle(granted: int, asked: int) -> bool:
     """PR <-> CW: neither is the higher, so an outcome that was not heard leaves the granted mode unknown."""
-    return (granted == 3 and asked == 2) or (granted == 2 and asked == 3)
+    return (granted == PR and asked == CW) or (granted == CW and asked == PR)
 
 
 def is_down(granted: int, asked: int) -> bool:
     """A conversion that a master always grants at once: whatever is compatible with `granted` is with `asked`."""
     return asked <= granted and not is_middle(granted, asked)
+
+
+def alternative(asked: int, flags: int) -> int:
+    """The mode that ALTPR or ALTCW tries when `asked` is not to be had; IV: none."""
+    if flags & ALTPR and asked != PR:
+        return PR
+    if flags & ALTCW and asked != CW:
+        return CW
+    return IV
+
+
+def least(granted: int, asked: int, flags: int) -> int:
+    """What a holder still has for sure while a master may or may not have done its conversion. IV: PR or CW."""
+    if is_down(granted, asked):
+        return asked
+    if flags & CONVDEADLK:
+        return NL
+    other = alternative(asked, flags)
+    if is_middle(granted, asked) or is_middle(granted, other):
+        return IV
+    return other if granted == PW and other != IV else granted
 
 
 def check_request(name: bytes, mode: int, flags: int) -> int:

@@ -24,12 +24,12 @@ been granted) are settled to one mode for all; abandoned rounds as above.
 
 from typing import Final, final
 
-from corral.api.dlm import CR, CW, EUNLOCK, IV, IVVALBLK, NOQUEUE, PR
+from corral.api.dlm import CONVDEADLK, CR, CW, DEMOTED, EUNLOCK, IV, IVVALBLK, NOQUEUE, PR
 from corral.base.ids import NAME_MAX, MemberId
 from corral.base.time import Instant
 from corral.base.view import Round
 from corral.dlm.master import LOCK_ID_MAX, Mastering, purge
-from corral.dlm.modes import COMPATIBLE, FLAGS_ALL, VALUE_TRANSFER, WRITE, is_down, is_middle
+from corral.dlm.modes import COMPATIBLE, FLAGS_ALL, VALUE_TRANSFER, WRITE, alternative, is_down, least
 from corral.dlm.resource import NEW, QUEUED, Effects, Lock, Resource
 from corral.dlm.space import TOKEN_SHIFT, Space
 from corral.dlm.wire import CHUNK, Claim, Masters, Names, Reached, RecoverLock, RecoverLocks
@@ -114,8 +114,8 @@ class Recovery:
                 self._space.drop_copy(now, lock)
                 continue
             lock.status = NEW
-            if lock.granted == IV:  # a middle conversion: what its holder last knew is the other mode
-                lock.granted = PR if lock.requested == CW else CW
+            if lock.granted == IV:  # what its holder last knew is the mode that is neither asked nor the alternative
+                lock.granted = PR if CW in (lock.requested, alternative(lock.requested, lock.flags)) else CW
         resource.granted.clear()
         resource.converting.clear()
         resource.value = None
@@ -236,6 +236,7 @@ class Recovery:
 
     def _take_own(self, lock: Lock, record: RecoverLock) -> None:
         lock.granted = record.granted
+        lock.result_flags |= _demoted(record)
         asked = lock.requested
         if record.requested == IV:
             lock.requested = IV
@@ -270,6 +271,7 @@ class Recovery:
         copy.flags = record.flags
         copy.operation = record.operation
         copy.answer = 0 if record.requested == IV else QUEUED
+        copy.result_flags = _demoted(record)
         copy.token = record.token
         copy.value = record.value
         copy.value_sequence = record.sequence
@@ -343,10 +345,8 @@ def _record(lock: Lock) -> RecoverLock:
     requested = IV
     operation = lock.operation
     if lock.pending == CONVERT and lock.sent:
-        if is_middle(granted, lock.requested):
-            granted = IV
-            requested = lock.requested
-        elif not lock.flags & NOQUEUE and not is_down(granted, lock.requested):
+        granted = least(granted, lock.requested, lock.flags)
+        if granted == IV or (not lock.flags & NOQUEUE and not is_down(lock.granted, lock.requested)):
             requested = lock.requested
     if lock.pending and requested == IV:
         operation -= 1  # asked again after Finish; the master must not take it for answered
@@ -363,6 +363,11 @@ def _record(lock: Lock) -> RecoverLock:
         lock.value_sequence,
         lock.current and not (lock.pending == CONVERT and lock.flags & IVVALBLK),
     )
+
+
+def _demoted(record: RecoverLock) -> int:
+    """Whoever asked for a conversion with CONVDEADLK counts on NL only, whether the lost master demoted it or not."""
+    return DEMOTED if record.requested != IV and record.flags & CONVDEADLK else 0
 
 
 def _lower(lock: Lock) -> None:
@@ -389,7 +394,8 @@ def _settle_modes(resource: Resource) -> None:
     if not unknown:
         return
     known = [lock.granted for lock in (*resource.granted, *resource.converting) if lock.granted in (PR, CW)]
-    mode = known[0] if known else unknown[0].requested
+    asked = unknown[0].requested
+    mode = known[0] if known else asked if asked in (PR, CW) else CW
     for lock in unknown:
         lock.granted = mode
 

@@ -48,7 +48,7 @@ from corral.api.dlm import (
 )
 from corral.base.ids import MemberId
 from corral.base.time import FOREVER, Instant
-from corral.dlm.modes import COMPATIBLE, EAGAIN, EDEADLK, READ, VALUE_TRANSFER, WRITE
+from corral.dlm.modes import COMPATIBLE, EAGAIN, EDEADLK, READ, VALUE_TRANSFER, WRITE, alternative
 
 QUEUED: Final = 1  # the operation waits; its completion comes as an effect of another one
 
@@ -377,12 +377,10 @@ class Resource:
         if not flags & (ALTPR | ALTCW):
             return _NO
         asked = lock.requested
-        if flags & ALTPR and asked != PR:
-            lock.requested = PR
-        elif flags & ALTCW and asked != CW:
-            lock.requested = CW
-        else:
+        other = alternative(asked, flags)
+        if other == IV:
             return _NO
+        lock.requested = other
         if self._fits(lock, now, False):
             lock.result_flags |= ALTMODE
             return _YES
