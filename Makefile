@@ -38,6 +38,9 @@ test: lint types floors $(STAMP)  ## everything a change must pass: check, simul
 	$(BIN)/pytest -n 2 tests/unit tests/scenario tests/conformance tests/sim
 	$(BIN)/pytest tests/integration
 
+demo: $(STAMP)  ## the main job on this machine: three nodes, one filesystem, one kill -9, everything checked
+	$(BIN)/corral demo
+
 system:  ## install the Debian packages that tests and demo need
 	@set -e; packages=$$(sed 's/#.*//' system-packages.txt); \
 	missing=$$(for p in $$packages; do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \

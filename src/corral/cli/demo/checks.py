@@ -115,10 +115,13 @@ class Acknowledged:
         self.increments: dict[int, int] = {}  # counter -> acknowledgements
         self.records: dict[str, int] = {}  # writer -> records acknowledged
         self.stopped: dict[str, str] = {}
+        self.at: dict[str, list[int]] = {}  # writer -> when each of its acknowledgements came, CLOCK_BOOTTIME
 
-    def take(self, writer: str, line: str) -> bool:
-        """One line of a writer. False when it is not an acknowledgement."""
+    def take(self, writer: str, line: str) -> None:
+        """One line of a writer."""
         words = line.split()
+        if words[:1] in (["counter"], ["record"]):
+            self.at.setdefault(writer, []).append(int(words[3]))
         if words[:1] == ["counter"]:
             number, value = int(words[1]), int(words[2])
             self.counters[number] = max(value, self.counters.get(number, 0))
@@ -126,11 +129,18 @@ class Acknowledged:
         elif words[:1] == ["record"]:
             self.records[writer] = max(int(words[2]), self.records.get(writer, 0))
         elif words[:1] == ["stopped"]:
-            self.stopped[writer] = line.partition(" ")[2]
-            return False
-        else:
-            return False
-        return True
+            self.stopped[writer] = " ".join(words[1:-1])
+
+    def longest_pause(self, writers: list[str], after: int) -> tuple[int, int]:
+        """Of these writers, the longest time without an acknowledgement that ended after that instant: (when it ended,
+        how long), nanoseconds; (0, 0) when nobody was acknowledged after it."""
+        worst = (0, 0)
+        for writer in writers:
+            times = self.at.get(writer, [])
+            for before, now in zip(times, times[1:], strict=False):
+                if now > after and now - before > worst[1]:
+                    worst = (now, now - before)
+        return worst
 
     @property
     def total(self) -> int:

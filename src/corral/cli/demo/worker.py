@@ -1,6 +1,6 @@
 """What an application on one node does in the demo: plain POSIX calls on the mount, nothing of corral's.
 
-    python worker.py counters DIR NAME SECONDS     adds to shared counters under fcntl locks
+    python worker.py counters DIR NAME SECONDS     adds to shared counters under flock
     python worker.py append DIR NAME SECONDS       appends records to one shared log
     python worker.py follow DIR COUNT              reads a tree while somebody else writes it
 
@@ -17,7 +17,8 @@ COUNTERS = 3
 
 
 def tell(*words: object) -> None:
-    print(*words, flush=True)
+    """The last word is when it was acknowledged, CLOCK_BOOTTIME in nanoseconds."""
+    print(*words, time.clock_gettime_ns(time.CLOCK_BOOTTIME), flush=True)
 
 
 def counters(directory: str, name: str, seconds: float) -> None:
@@ -28,7 +29,7 @@ def counters(directory: str, name: str, seconds: float) -> None:
         turn += 1
         descriptor = os.open(f"{directory}/counter{number}", os.O_RDWR)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             (value,) = struct.unpack("<Q", os.pread(descriptor, 8, 0))
             os.pwrite(descriptor, struct.pack("<Q", value + 1), 0)
             os.fsync(descriptor)
