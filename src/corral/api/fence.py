@@ -333,6 +333,8 @@ def _check_node(config: FenceConfig, node: NodeId, devices: set[str]) -> None:
         for use in uses:
             _require(use.device in devices, f"{key}.devices", f"one of {', '.join(sorted(devices))}", use.device)
             _check_parameters(f"{key}.{use.device}", use.parameters)
+        keyed = [use.device for use in uses if config.device(use.device).proof_number == KEYED]
+        _require(not keyed or method.action == "off", f"{key}.action", "off for a device that only bars storage", keyed)
         proof = config.proof_of(method)
         _require(proof != NONE, f"{key}.devices", "at least one device that proves something", "only gates")
         alone = len(uses) == 1 or all(config.device(use.device).agent != "manual" for use in uses)

@@ -94,6 +94,11 @@ def test_the_default_of_a_local_cluster() -> None:
         ('devices = ["operator"]', "devices = []", "at least one device"),
         ('name = "by hand"', 'name = "power"', "'power' twice"),
         ('action = "reboot"', 'action = "explode"', "action: expected off or reboot, got 'explode'"),
+        (
+            'agent = "fence_apc"',
+            'agent = "fence_scsi"\nproof = "keyed"',
+            "power.action: expected off for a device that only",
+        ),
         ("delay = 5", 'delay = "5"', "Expected `float`, got `str` - at `$.nodes[...].delay`"),
     ],
 )
