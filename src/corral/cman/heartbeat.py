@@ -192,8 +192,9 @@ class HeartbeatEngine:
         return newest + self._guard_ns() if newest else 0
 
     def echoes_end(self) -> Instant:
-        """When no echo of this node holds up any lease: what a clean stop waits for after it left."""
-        return self.guard_until(())
+        """When no echo of this node, of an earlier life neither, holds up any lease: a clean stop waits for it after it
+        left, because the next life will not be quiet."""
+        return max(self.guard_until(()), self.quiet_until if self._quiet else 0)
 
     # --- links -----------------------------------------------------------------------------------------------------
 

@@ -185,7 +185,8 @@ class MembershipEngine:
         elif isinstance(event, Leave):
             self._leave(now)
         elif isinstance(event, ServicesStopped) and self._left_cleanly:
-            self._persist(CleanStop())
+            if not self._quiet():  # else an earlier life's echoes may still count, and the next one must be quiet too
+                self._persist(CleanStop())
             self._out.emit.append(CleanlyStopped())
         self._timers(now)
         self._consider(now)
