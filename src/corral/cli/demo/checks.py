@@ -1,5 +1,6 @@
 """What the demo promises and how it is checked: trees compared, acknowledgements counted against what is there."""
 
+import itertools
 import os
 import shutil
 import stat
@@ -137,7 +138,7 @@ class Acknowledged:
         worst = (0, 0)
         for writer in writers:
             times = self.at.get(writer, [])
-            for before, now in zip(times, times[1:], strict=False):
+            for before, now in itertools.pairwise(times):
                 if now > after and now - before > worst[1]:
                     worst = (now, now - before)
         return worst
