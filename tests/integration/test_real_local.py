@@ -223,3 +223,34 @@ def test_connections_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert server.local.refused == 1
 
     on_loop(tmp_path, body)
+
+
+def test_a_connect_cancelled_at_any_moment_leaves_nothing(tmp_path: Path) -> None:
+    """After 0, 1, 2 ... loop turns, until it had been connected before."""
+
+    async def body(bench: Bench) -> None:
+        acceptor = Acceptor()
+        server, client = bench.world(1), bench.world(2)
+        listener = await server.network.listen("127.0.0.1:0", acceptor)
+        await server.local.listen(bench.path("sock"), acceptor)
+        for make in (
+            lambda: client.local.connect(bench.path("sock"), Recorder()),
+            lambda: client.network.connect(listener.address, 1, Recorder()),
+        ):
+            for turns in range(400):
+                connecting = asyncio.ensure_future(make())
+                for _ in range(turns):
+                    if connecting.done():
+                        break
+                    await asyncio.sleep(0)
+                if connecting.done():
+                    (await connecting).close()
+                    break
+                connecting.cancel()
+                await asyncio.gather(connecting, return_exceptions=True)
+            assert connecting.done()
+            assert not connecting.cancelled(), "the loop reached the end"
+            await eventually(lambda: not server.local.open_streams and not client.local.open_streams)
+            await eventually(lambda: not server.network.open_streams and not client.network.open_streams)
+
+    on_loop(tmp_path, body)

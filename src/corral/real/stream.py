@@ -148,6 +148,7 @@ class Stream(asyncio.Protocol):
     def refuse(self, reason: str) -> None:
         """Ends a stream that was never given to a handler."""
         self._close(reason, abort=True)
+        self._live.discard(self)  # a connect cancelled at the last moment: uvloop never tells such a protocol its end
 
     def drop(self) -> None:
         """Breaks at once, also a stream that is still sending what was queued before `close`."""
