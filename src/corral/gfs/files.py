@@ -247,7 +247,7 @@ class Files(Namespace):
         for first, count in missing:
             for logical, physical, length, _ in extents.runs(first, count):
                 if physical:
-                    data.fill(logical, await self.device.read(physical, length))
+                    _fill(inode, data, logical, await self.device.read(physical, length))
                 else:
                     data.fill_zeros(logical, length)
 
@@ -275,7 +275,7 @@ class Files(Namespace):
                     content = await self.device.read(physical, run)
                     if inode.layout_version != version or inode.data is not data:
                         return
-                    data.fill(logical, content)
+                    _fill(inode, data, logical, content)
         except OSError:
             return  # whoever really reads it will be told
         self.data.shrink()
@@ -325,6 +325,8 @@ class Files(Namespace):
                 self._write_stuffed(inode, start, data)
                 return len(data)
             await self._unstuff(inode)
+        if start > inode.size:
+            await self._zero_tail(inode)
         assert inode.extents is not None
         cache = self.data_of(inode)
         view = memoryview(data)
@@ -358,6 +360,21 @@ class Files(Namespace):
         if end > inode.size:
             inode.size = end
         self.touch(inode)
+
+    async def _zero_tail(self, inode: Inode) -> None:
+        """The file is about to grow past its last block: what lies there behind the end is written as zeros first.
+        (A crash may have left bytes of an extension that was never committed.)"""
+        extents, size = inode.extents, inode.size
+        assert extents is not None
+        last = extents.last
+        if last is not None and last[0] + last[2] > (size + BLOCK - 1) // BLOCK:
+            await self.free_content(inode, (size + BLOCK - 1) // BLOCK)  # kept beyond the end by fallocate
+        block = size // BLOCK
+        if size % BLOCK and extents.runs(block, 1)[0][1]:
+            cache = self.data_of(inode)
+            if cache.missing(block, 1):
+                await self._fetch(inode, cache, [(block, 1)])
+            cache.mark_dirty(block)
 
     async def _fill_edges(self, inode: Inode, cache: FileData, at: int, upto: int) -> None:
         """Allocated blocks that are only partly overwritten must be in memory whole."""
@@ -444,6 +461,7 @@ class Files(Namespace):
             elif size > inode.size:
                 if inode.extents is None:
                     await self._unstuff(inode)
+                await self._zero_tail(inode)
                 inode.size = size
             else:
                 await self._shrink(inode, size)
@@ -610,3 +628,11 @@ class Files(Namespace):
             await self.device.flush()
         except OSError as error:
             raise OSError(EIO, f"the device cannot be flushed: {error.strerror or error}") from None
+
+
+def _fill(inode: Inode, data: FileData, first: int, content: bytearray) -> None:
+    """Blocks as read from the device; what lies behind the end of the file is zeros, whatever the device has."""
+    within = max(0, inode.size - first * BLOCK)
+    if within < len(content):
+        content[within:] = bytes(len(content) - within)
+    data.fill(first, content)

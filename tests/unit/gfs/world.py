@@ -196,9 +196,11 @@ class MemoryDisk:
         await self._later()
 
     async def flush(self) -> None:
+        """Logged with how many entries it covers: writes that completed before it began."""
+        covered = len(self.log) if self.log is not None else 0
         await self._later()
         if self.log is not None:
-            self.log.append(("flush", 0, b""))
+            self.log.append(("flush", covered, b""))
 
     async def discard(self, offset: int, length: int) -> None:
         return
