@@ -295,10 +295,11 @@ def test_a_thousand_failures_of_one_source_are_one_line(tmp_path: Path, caplog: 
 
 
 def test_who_begins_a_handshake_and_stops_is_dropped_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(networks, "HANDSHAKE_SECONDS", 0.5)
 
     def check(world: RealWorld) -> None:
         assert world.network.counters.handshakes_failed == 2
+        monkeypatch.undo()
 
     def attack(address: str) -> None:
         plain_attack(HELLO_WITHOUT_END)(address)

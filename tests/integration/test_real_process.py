@@ -229,8 +229,8 @@ def test_at_the_timeout_the_whole_group_is_killed(tmp_path: Path, ignores: str) 
         script = f"{ignores}sleep 60 & echo $! > {tmp_path}/grandchild; wait"
         started = time.monotonic()
         with pytest.raises(TimeoutError, match="sh did not finish within"):
-            await bench.world().process.run(["sh", "-c", script], b"", 300 * MILLISECOND)
-        assert time.monotonic() - started < 5
+            await bench.world().process.run(["sh", "-c", script], b"", 1000 * MILLISECOND)
+        assert time.monotonic() - started < 20
         grandchild = int((tmp_path / "grandchild").read_text())
         await eventually(lambda: start_time(grandchild) is None or state_of(grandchild) == "Z")
 
@@ -259,7 +259,7 @@ def test_a_background_child_that_keeps_the_pipe_open_does_not_hold_up_the_result
         script = f"(sleep 60 & echo $! > {tmp_path}/left); echo done"
         done = await bench.world().process.run(["sh", "-c", script], b"", 30 * SECOND)
         assert (done.status, done.stdout) == (0, b"done\n")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 20
         os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)
 
     on_loop(tmp_path, body)

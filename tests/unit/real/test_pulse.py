@@ -108,7 +108,7 @@ def test_a_stall_is_measured_and_complaints_are_rationed(caplog: pytest.LogCaptu
         for _ in range(3):
             time.sleep(0.26)  # noqa: ASYNC251
             await asyncio.sleep(0.01)
-        assert pulse.statistics().stalls == 3
+        assert pulse.statistics().stalls >= 3
         assert pulse.statistics().longest_stall_ns >= 250_000_000
         assert len([message for message in caplog.messages if "stood still" in message]) == 1
 

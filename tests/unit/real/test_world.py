@@ -228,7 +228,7 @@ def test_the_pulse_sees_a_stall_and_says_so(tmp_path: Path, caplog: pytest.LogCa
         await asyncio.sleep(0.05)
         statistics = world.pulse.statistics()
         assert statistics.longest_stall_ns > 250 * MILLISECOND
-        assert statistics.stalls == 1
+        assert statistics.stalls >= 1
         world.pulse.reset()
         assert world.pulse.statistics().longest_stall_ns == 0
 
