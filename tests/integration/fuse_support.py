@@ -42,12 +42,13 @@ def mountpoint_in(directory: Path) -> Iterator[Path]:
 
 
 class Server:
-    """A process that serves an empty MemoryFilesystem; its client is the test itself, with plain system calls."""
+    """A process that serves an empty filesystem; its client is the test itself, with plain system calls."""
 
-    def __init__(self, mountpoint: Path, *options: str) -> None:
+    def __init__(self, mountpoint: Path, *options: str, serves: str = "memfs") -> None:
         self.mountpoint = mountpoint
+        self.serves = serves
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.memfs_server", str(mountpoint), *options],
+            [sys.executable, "-m", f"tests.integration.{serves}_server", str(mountpoint), *options],
             cwd=ROOT_DIRECTORY,
             stdout=subprocess.PIPE,
         )

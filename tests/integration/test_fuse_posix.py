@@ -1,6 +1,7 @@
 """POSIX through the real kernel: every request of the protocol, on the newest protocol, on older ones, and with caches.
 
-The server is another process; what is tested is the door, so the filesystem behind it is the one in memory.
+The server is another process. What is tested is the door, so the filesystem behind it is the one in memory; the same
+walk through a real gfs, alone on its image and checked by fsck afterwards, tests both together.
 """
 
 import ctypes
@@ -20,24 +21,32 @@ from tests.integration.fuse_support import Server, mountpoint_in, needs_fuse
 
 pytestmark = needs_fuse
 
+GFS = "a real gfs"
 VARIANTS = {
     "newest": (),
     "newest, cached": ("--cache",),
     "7.36, cached": ("--minor", "36", "--cache"),  # no INC_EPOCH: entry timeouts are zero
     "7.31": ("--minor", "31"),  # Linux 5.4
+    GFS: (),
 }
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS.values()), ids=list(VARIANTS))
+@pytest.fixture(scope="module", params=list(VARIANTS))
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    for mountpoint in mountpoint_in(tmp_path_factory.mktemp("fuse")):
-        server = Server(mountpoint, *request.param)
+    directory = tmp_path_factory.mktemp("fuse")
+    options = VARIANTS[request.param]
+    for mountpoint in mountpoint_in(directory):
+        if request.param == GFS:
+            server = Server(mountpoint, "--image", str(directory / "image"), serves="gfs")
+        else:
+            server = Server(mountpoint, *options)
         yield server
         statistics = server.unmount()
         assert statistics["malformed"] == 0
         assert statistics["undone"] == 0
         assert statistics["forgets_excessive"] == 0
-        assert statistics["minor"] == int(request.param[1]) if "--minor" in request.param else True
+        assert statistics.get("findings", []) == []
+        assert statistics["minor"] == int(options[1]) if "--minor" in options else True
 
 
 @pytest.fixture
@@ -83,7 +92,7 @@ def test_stat_tells_what_was_set(here: Path) -> None:
     assert stat.filemode(status.st_mode) == "-rw-r-----"
     assert (status.st_uid, status.st_gid, status.st_size, status.st_nlink) == (12, 34, 1000, 1)
     assert (status.st_atime_ns, status.st_mtime_ns) == (1_000_000_001, -1_000_000_001)
-    assert status.st_blocks == 2
+    assert status.st_blocks * 512 >= 1000
 
 
 def test_utime_now_and_omit(here: Path) -> None:
@@ -124,7 +133,7 @@ def test_truncate_and_open_truncating(here: Path) -> None:
     os.close(os.open(path, os.O_WRONLY | os.O_TRUNC))
     assert path.read_bytes() == b""
     with raises(errno.EFBIG):
-        os.truncate(path, 1 << 40)
+        os.truncate(path, (1 << 63) - 1)
 
 
 def test_append_from_two_descriptors(here: Path) -> None:
@@ -150,7 +159,7 @@ def test_links_and_symlinks(here: Path) -> None:
     assert (here / "soft").read_bytes() == b"x"
     with raises(errno.EEXIST):
         os.link(here / "file", here / "soft")
-    long = "y" * 4000
+    long = "y" * 3000
     os.symlink(long, here / "long")
     assert os.readlink(here / "long") == long
 
@@ -337,22 +346,30 @@ except OSError as error:
     return done.stdout.strip()
 
 
-def test_fsync_statvfs_and_space(here: Path) -> None:
-    with open(here / "file", "wb") as file:
+def test_fallocate_grows_a_file(here: Path, server: Server) -> None:
+    if server.serves == "gfs":
+        pytest.skip("gfs frees again what it has just reserved beyond the end (GFS-11 at the next write back)")
+    with open(here / "file", "wb+", buffering=0) as file:
         file.write(b"x")
-        file.flush()
-        os.fsync(file.fileno())
-        os.fdatasync(file.fileno())
         os.posix_fallocate(file.fileno(), 0, 10_000)
         assert os.fstat(file.fileno()).st_size == 10_000
+        assert os.pread(file.fileno(), 20_000, 0) == b"x" + bytes(9_999)
+
+
+def test_fsync_and_statvfs(here: Path) -> None:
+    with open(here / "file", "wb", buffering=0) as file:
+        file.write(b"x")
+        os.fsync(file.fileno())
+        os.fdatasync(file.fileno())
     fd = os.open(here, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
     usage = os.statvfs(here)
-    assert (usage.f_bsize, usage.f_blocks, usage.f_bfree, usage.f_bavail) == (4096, 1000, 600, 500)
-    assert (usage.f_files, usage.f_ffree, usage.f_namemax) == (400, 300, 255)
+    assert (usage.f_bsize, usage.f_namemax) == (4096, 255)
+    assert usage.f_blocks > usage.f_bfree >= usage.f_bavail > 0
+    assert usage.f_files > usage.f_ffree > 0
 
 
 def test_seek_data_and_hole(here: Path) -> None:
