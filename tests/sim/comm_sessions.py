@@ -30,6 +30,8 @@ from tests.unit.comm.rig import Host, Rig, hello
 FAULTS_LAST = 8 * SECOND
 SETTLE = 8 * SECOND  # within this, after the faults stop, everything works again
 QUEUE_BYTES = 3000
+FAULTS = ("reset", "half", "cut", "crash", "end", "slow", "burst", "late")
+FAULT_WEIGHTS = (6, 4, 3, 3, 2, 4, 2, 2)
 HONEST = {
     "hello unanswered",
     "no hello in time",
@@ -151,7 +153,7 @@ class Run:
     def fault(self) -> None:
         random = self.random
         self.faults += 1
-        kind = random.choices(("reset", "half", "cut", "crash", "end", "slow", "burst"), (6, 4, 3, 3, 2, 4, 2))[0]
+        kind = random.choices(FAULTS, FAULT_WEIGHTS)[0]
         node = random.choice([*self.hosts])
         host = self.hosts[node]
         if kind == "reset":
@@ -169,10 +171,22 @@ class Run:
             self.rig.act(host)
         elif kind == "slow":
             self.slow = random.choice((0, 0, 50, 500, 1500)) * MILLISECOND
+        elif kind == "late":
+            self.late(host)
         elif kind == "burst" and host.up:
             peer = random.choice(sorted(host.up))
             while peer in host.up and random.random() < 0.98:
                 self.say(host, peer)
+
+    def late(self, host: Host) -> None:
+        """A call that its caller gave up arrives when a newer one has long been answered."""
+        for peer, session in sorted(host.up.items()):
+            there = self.hosts.get(peer.node)
+            if there is not None and peer.node > host.member.node:
+                end = self.rig.stranger(there, host.member.node)
+                given_up = self.random.randint(1, session)
+                self.rig.transmit(end, [hello(host.member, MemberId(peer.node, 0, 0), attempt=given_up)])
+                self.rig._close(end)
 
     def heal(self, pair: frozenset[int]) -> None:
         """What passed the cut meanwhile is lost, so those connections are too."""

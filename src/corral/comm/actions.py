@@ -9,7 +9,7 @@ from typing import Final, NamedTuple, final
 
 from corral.api.comm import QUEUE_BYTES_MAX, PeerDown, PeerUp
 from corral.base.ids import MemberId, NodeId
-from corral.base.time import MILLISECOND, Nanoseconds
+from corral.base.time import MILLISECOND, SECOND, Nanoseconds
 
 
 @final
@@ -119,7 +119,7 @@ class Limits:
         ack_frames: int = 256,
         backoff_min_ns: Nanoseconds = 10 * MILLISECOND,
         reconnect_max_ns: Nanoseconds = 80 * MILLISECOND,
-        backoff_max_ns: Nanoseconds = 640 * MILLISECOND,
+        backoff_max_ns: Nanoseconds = 320 * MILLISECOND,
         guests: int = 128,
         guests_per_node: int = 16,
     ) -> None:
@@ -140,7 +140,7 @@ class Limits:
     def for_detect(detect_ns: Nanoseconds, recover_ns: Nanoseconds | None = None) -> "Limits":
         return Limits(
             session_timeout_ns=detect_ns,
-            handshake_ns=max(detect_ns, 250 * MILLISECOND),
+            handshake_ns=max(detect_ns, SECOND),  # on a saturated machine TLS takes its time
             stall_ns=5 * detect_ns if recover_ns is None else recover_ns,
         )
 

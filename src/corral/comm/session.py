@@ -24,6 +24,9 @@ Invariants:
   COMM-4  What is unacknowledged is bounded in bytes and age; past the bound the session ends with a reason.
   COMM-5  A peer is who its certificate, member id and ticket say, all three; no older incarnation replaces a newer.
   COMM-6  At most one connection carries a session, the one with the newest attempt.
+  COMM-9  Honest members never look hostile to each other, whatever the network does to their connections.
+  COMM-10 A deadline that was kept has moved: nobody is woken for ever.
+(7 and 8 are the gate's.)
 
 Numbers are authenticated by TLS, so a number out of order is a bug or an enemy with a certificate: the session ends.
 """
@@ -352,6 +355,7 @@ class SessionEngine:
             self.connection = 0
         self._drop_greeting()  # a greeting that would resume this session must not
         self.alive = False
+        self.announced = 0
         self.count(self._shared.counters)
         self._bytes_sent = self._bytes_received = 0
         self._lost_at = self._ack_at = self._age_at = FOREVER
@@ -491,7 +495,7 @@ class SessionEngine:
                     raise PeerError("WELCOME to a summons")
                 self._check_welcome(body, first.session)
         except PeerError as error:
-            self._shared.counters.reject("malformed answer to a hello", self.peer.node, str(error))
+            self._shared.counters.reject("wrong answer to a hello", self.peer.node, str(error))
             self._drop_greeting()
             self._retry(now)
             return

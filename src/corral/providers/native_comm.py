@@ -251,7 +251,7 @@ class NativeComm:
         wire = self._wire()
         try:
             connection = await self._world.network.connect(action.address, action.node, wire)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a peer announced what is no address
             self._dials.pop(action.attempt, None)
             refused = isinstance(error, ConnectionRefusedError)
             self._engine.connect_failed(self._world.now(), action.attempt, refused, str(error))
@@ -379,7 +379,7 @@ class NativeComm:
             self._up.pop(change.peer, None)
         else:
             session = self._engine.session_of(change.peer)
-            if session is not None:
+            if session is not None and session.session == change.session:
                 session.announced = change.session
                 self._up[change.peer] = session
         if not self._closed:
