@@ -26,7 +26,7 @@ from typing import Final, final
 from corral.api.comm import PeerDown, PeerUp
 from corral.base.engine import Ready, Received, Tick
 from corral.base.ids import NO_VIEW, Incarnation, MemberId, NodeId, NodeIncarnation, ViewId
-from corral.base.time import Instant, Nanoseconds
+from corral.base.time import MILLISECOND, Instant, Nanoseconds
 from corral.base.view import QuorumRecord, View
 from corral.cman.events import (
     Accepted,
@@ -121,7 +121,9 @@ class HeartbeatEngine:
         self._installed: ViewId = NO_VIEW
         self._echoes: dict[NodeIncarnation, tuple[int, Instant]] = {}  # newest counter echoed, when first
         self._echoes_floor: Instant = 0  # when the newest echo was sent whose entry had to make room
-        self._counter = 0
+        # Counters go on above those of an earlier life of this boot, should a lost state directory have given this one
+        # the same incarnation: no echo of theirs is ever taken for one of ours. (Beats are more than 1 ms apart.)
+        self._counter = now // MILLISECOND
         self._sent_at: list[Instant] = [0] * HISTORY
         self._last_beat: Instant = now - timing.heartbeat_ns
         self._next_beat: Instant = now
