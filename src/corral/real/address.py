@@ -6,8 +6,8 @@ from typing import Any
 def parse(address: str) -> tuple[str, int]:
     """Raises ValueError with a sentence."""
     host, colon, port = address.rpartition(":")
-    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise ValueError(f"address {address!r} is not host:port")
+    if not colon or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
+        raise ValueError(f"address {address[:100]!r} is not host:port")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:

@@ -378,11 +378,15 @@ def _parse_lines(content: bytes) -> list[ProcessId]:
         if line.startswith(_LEFT):
             continue
         words = line.split()
-        if len(words) == 3 and words[0].isdecimal() and words[1].isdecimal() and len(words[0]) < 10:
+        if len(words) == 3 and _is_number(words[0], 9) and _is_number(words[1], 19) and len(words[2]) <= 64:
             process = ProcessId(int(words[0]), int(words[1]), words[2])
             if process not in found:
                 found.append(process)
     return found
+
+
+def _is_number(word: str, digits: int) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) <= digits
 
 
 def _still_named(fd: int, path: str) -> bool:
