@@ -275,7 +275,7 @@ class Workload:
         self._durable()
 
 
-# --- the crash -----------------------------------------------------------------------------------------------------------
+# --- the crash ------------------------------------------------------------------------------------------------------
 
 
 def crash_image(recording: Recording, cut: int, rng: Random) -> bytearray:
@@ -397,7 +397,7 @@ def check_zeros(path: bytes, cut: int, content: bytes, versions: list[bytes]) ->
         at = following if following < 0 or following > at + 64 else content.find(0, at + 64)
 
 
-# --- one run -------------------------------------------------------------------------------------------------------------
+# --- one run ------------------------------------------------------------------------------------------------------
 
 
 def record(seed: int, operations: int) -> Recording:

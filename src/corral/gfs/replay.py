@@ -131,10 +131,15 @@ async def _read_commit(
         at += fmt.BLOCK
         if number >= device.blocks or number < fmt.SUPERBLOCK_AT:
             return None
-        if fmt.checksum_of(image) != checksum or not fmt.verified(image) or fmt.HEADER.unpack_from(image)[3] != number:
+        if not _is_image(image, number, checksum):
             return None
         images.append((number, image))
     return images, revokes
+
+
+def _is_image(image: bytes, number: int, checksum: int) -> bool:
+    """What the tag names: sound by itself, of this block, and this very version of it."""
+    return fmt.checksum_of(image) == checksum and fmt.HEADER.unpack_from(image)[3] == number and fmt.verified(image)
 
 
 async def _collect(device: Device, ring: Ring, slot: int, uuid: bytes, state: JournalState) -> None:

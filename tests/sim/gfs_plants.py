@@ -1,0 +1,125 @@
+"""Bugs the crash test exists for, planted one at a time: each must be caught within 50 seeds, by the promise it breaks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from corral.gfs import replay
+from corral.gfs.data import DataCache
+from corral.gfs.device import Device
+from corral.gfs.journal import Journal
+from corral.gfs.rgrp import Rgrp
+from corral.gfs.volume import Space
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def commit_without_flush(patch: pytest.MonkeyPatch) -> None:
+    """Nothing ever flushes the device."""
+
+    async def hasty(self: Device) -> None:
+        self._written = 0
+
+    patch.setattr(Device, "flush", hasty)
+
+
+async def _nothing() -> None:
+    return
+
+
+def trust_torn_commits(patch: pytest.MonkeyPatch) -> None:
+    """The replay does not verify the images of the newest commit."""
+    patch.setattr(replay, "_is_image", lambda image, number, checksum: True)
+
+
+def data_after_commit(patch: pytest.MonkeyPatch) -> None:
+    """File data is left to later: the commit that makes it reachable does not wait for it."""
+    real = Journal._commit
+
+    async def hasty(self: Journal) -> None:
+        write, self._write_data = self._write_data, _nothing
+        try:
+            await real(self)
+        finally:
+            self._write_data = write
+
+    patch.setattr(Journal, "_commit", hasty)
+
+
+def no_revokes(patch: pytest.MonkeyPatch) -> None:
+    """A freed metadata block is not revoked: replay writes it over what the block is used for now."""
+
+    def forgetful(self: Journal, number: int, meta: Any = None) -> None:
+        if meta is not None:
+            meta.freed = True
+
+    patch.setattr(Journal, "free", forgetful)
+
+
+def reuse_at_once(patch: pytest.MonkeyPatch) -> None:
+    """A freed block is given out before the commit that freed it is durable."""
+    real = Space.free_run
+
+    def hasty(self: Space, number: int, count: int) -> None:
+        real(self, number, count)
+        rgrp = next(rgrp for rgrp in self.rgrps if rgrp.contains(number))
+        rgrp.reopen(number, count)
+
+    patch.setattr(Space, "free_run", hasty)
+    reopen = Rgrp.reopen
+
+    def once(self: Rgrp, number: int, count: int) -> None:
+        if self.pending >= count:
+            reopen(self, number, count)
+
+    patch.setattr(Rgrp, "reopen", once)
+
+
+def tail_too_early(patch: pytest.MonkeyPatch) -> None:
+    """Images count as in place before they were written: the tail passes commits that are still needed."""
+
+    async def lazy(self: Journal, numbers: Any) -> None:
+        for number in list(numbers):
+            entry = self.pending.pop(number)
+            entry.commit.pins -= 1
+
+    patch.setattr(Journal, "_put_in_place", lazy)
+
+
+def half_an_operation(patch: pytest.MonkeyPatch) -> None:
+    """The first object of each transaction is left out of its commit."""
+    real = Journal._commit
+
+    async def careless(self: Journal) -> None:
+        if len(self.running.metas) > 2:
+            meta = self.running.metas.pop(0)
+            meta.dirty = False
+            meta.glock.dirty -= 1
+        await real(self)
+
+    patch.setattr(Journal, "_commit", careless)
+
+
+def lost_write_back(patch: pytest.MonkeyPatch) -> None:
+    """A write-back pass forgets its last block."""
+    real = DataCache._collect
+
+    def careless(self: DataCache, data: Any, runs: list[Any], chunks: Any) -> None:
+        real(self, data, runs, chunks)
+        if len(runs) > 1:
+            runs.pop()
+
+    patch.setattr(DataCache, "_collect", careless)
+
+
+PLANTS: dict[str, tuple[Plant, str]] = {
+    "commit_without_flush": (commit_without_flush, "CRASH"),
+    "data_after_commit": (data_after_commit, "CRASH"),
+    "no_revokes": (no_revokes, "CRASH"),
+    "reuse_at_once": (reuse_at_once, "CRASH"),
+    "tail_too_early": (tail_too_early, "CRASH"),
+    "half_an_operation": (half_an_operation, "CRASH"),
+    "lost_write_back": (lost_write_back, "CRASH"),
+    "trust_torn_commits": (trust_torn_commits, "CRASH"),
+}
