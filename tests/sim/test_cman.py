@@ -23,6 +23,7 @@ KEPT = {
     755: "a quorate view accepted below the newest known one left the node unaware that it was excluded",
     774: "a node that had gone on to a view of its own never told the coordinator of the old one",
     101045: "a node that stopped cleanly while still quiet took its next life's quiet away: two leases at once",
+    201817: "leavers went on echoing after the end of their echoes had been asked for, and came back without quiet",
 }
 
 

@@ -14,7 +14,8 @@ counter after X sent it, so once L(1 + rho) has passed on Y's clock since Y's la
 member waits that long (`guard_until`) before services start, since none knows which one is Y. A repeated echo of the
 same counter gives X nothing new and does not prolong the wait.
 
-CMAN-6   An echo goes only to members of the newest accepted view, and to nobody while quiet or without memory.
+CMAN-6   An echo goes only to members of the newest accepted view, and to nobody while quiet, without memory or
+         unwilling (so none after a node has left).
 CMAN-7   The lease is counted from the sending of a counter that a quorum of the record has echoed.
 CMAN-8   Before `guard_until(view)` the lease of everybody outside the view that this node ever echoed has ended.
 
@@ -42,7 +43,7 @@ from corral.cman.events import (
     Row,
 )
 from corral.cman.timing import Timing, guard_of
-from corral.cman.wire import EPOCH_MAX, FORGOTTEN, QUIET, Heartbeat
+from corral.cman.wire import EPOCH_MAX, FORGOTTEN, QUIET, WILLING, Heartbeat
 
 HISTORY: Final = 256  # counters whose sending time is kept; an echo of an older one is worth nothing
 ECHOES_MAX: Final = 256  # incarnations ever echoed whose lease may still run
@@ -268,8 +269,8 @@ class HeartbeatEngine:
     # --- the lease -------------------------------------------------------------------------------------------------
 
     def _silent(self) -> bool:
-        """Neither votes nor echoes."""
-        return self._quiet or bool(self.flags & FORGOTTEN)
+        """Neither votes nor echoes: quiet, without memory, or no (longer) willing to be a member."""
+        return self._quiet or self.flags & (WILLING | FORGOTTEN) != WILLING
 
     def _guard_ns(self) -> Nanoseconds:
         return self.timing.guard_ns if self.record is None else guard_of(self.record.lease_ns)

@@ -190,9 +190,7 @@ class MembershipEngine:
             self._out.emit.append(CleanlyStopped())
         self._timers(now)
         self._consider(now)
-        if self._flags != self.flags:
-            self._flags = self.flags
-            self._out.emit.append(FlagsChanged(self._flags))
+        self._tell_flags()
 
     def ready(self) -> Ready:
         out, self._out = self._out, Ready()
@@ -236,6 +234,11 @@ class MembershipEngine:
         session = self._sessions.get(node)
         if session is not None:
             self._out.then_send.append((session.peer, message))
+
+    def _tell_flags(self) -> None:
+        if self._flags != self.flags:
+            self._flags = self.flags
+            self._out.emit.append(FlagsChanged(self._flags))
 
     def _willing(self) -> bool:
         return not (self._excluded or self._gone or self._dwelling)
@@ -691,6 +694,7 @@ class MembershipEngine:
         self._left_cleanly = clean
         self.stopped = True
         self._attempt = None
+        self._tell_flags()  # first of all: from now on the HeartbeatEngine echoes nobody, so that `echoes_end` holds
         self._out.emit.append(Left(clean))
 
     # --- dispatch --------------------------------------------------------------------------------------------------

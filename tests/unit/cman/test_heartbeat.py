@@ -248,8 +248,8 @@ def test_another_incarnation_of_a_member_is_not_echoed() -> None:
     assert bench.newest(2).echo == 0
 
 
-@pytest.mark.parametrize("silence", [{"quiet": True}, {"flags": WILLING | FORGOTTEN}])
-def test_nobody_is_echoed_while_quiet_or_without_memory(silence: dict[str, Any]) -> None:
+@pytest.mark.parametrize("silence", [{"quiet": True}, {"flags": WILLING | FORGOTTEN}, {"flags": 0}])
+def test_nobody_is_echoed_while_quiet_without_memory_or_unwilling(silence: dict[str, Any]) -> None:
     bench = Bench(**silence)
     bench.step(Accepted(view(1, 1, 2)))
     bench.converse(5 * BEAT, 2)

@@ -11,6 +11,7 @@ from corral.cman.events import (
     Active,
     CleanlyStopped,
     Excluded,
+    FlagsChanged,
     Installed,
     Leave,
     Left,
@@ -25,6 +26,7 @@ from corral.cman.wire import (
     EPOCH_MAX,
     PROMISED,
     UNREACHABLE,
+    WILLING,
     Accept,
     AcceptedView,
     Carried,
@@ -545,6 +547,16 @@ def test_a_clean_leaver_is_marked_and_writes_its_stop_last(leaver: int) -> None:
     bench.step(leaver, ServicesStopped())
     assert bench.logs[leaver][-1] == CleanStop()
     assert bench.take(leaver, CleanlyStopped)
+
+
+def test_a_leaver_is_unwilling_before_it_says_that_it_left() -> None:
+    """Else its heartbeats would go on echoing after `echoes_end` was asked for."""
+    bench = Bench().whole()
+    bench.step(3, Leave())
+    bench.deliver()
+    last = [event for event in bench.events[3] if isinstance(event, Left | FlagsChanged)]
+    assert [type(event) for event in last] == [FlagsChanged, Left]
+    assert not last[0].flags & WILLING
 
 
 def test_a_leave_survives_an_abandoned_view() -> None:
