@@ -397,7 +397,7 @@ class LockspaceEngine:
             effects: Effects = []
             self._finished_operation(now, lock, lock.resource.cancel(lock, effects))
             self._apply(now, effects)
-        elif not lock.sent:
+        elif not lock.sent or (self._running(now) and lock.resource.complete):
             self._undo(now, lock)
         elif self._running(now) and lock.resource.looking is None and lock.resource.master is not None:
             self.space.send.append((lock.resource.master, Cancel(lock.id, lock.operation)))
@@ -609,7 +609,7 @@ class LockspaceEngine:
                     self._mastering.completed(lock, code)
             elif code > 0:
                 self._blocked(now, lock, code)
-            elif lock.pending != UNLOCK:  # else a force unlock waits to overtake what has just been granted
+            elif lock.pending != UNLOCK or code == EUNLOCK:  # else a force unlock waits to overtake what has just been granted
                 self._finished_operation(now, lock, code)
 
     def _finished_operation(self, now: Instant, lock: Lock, status: int) -> None:
@@ -964,7 +964,7 @@ class LockspaceEngine:
 
     def _not_master(self, now: Instant, peer: MemberId, message: NotMaster) -> None:
         lock = self.space.find(message.lock)
-        if lock is None or lock.operation != message.operation or lock.pending != REQUEST or lock.resource.complete:
+        if lock is None or lock.operation != message.operation or lock.pending != REQUEST:
             self.space.counters.stale += 1
             return
         resource = lock.resource
