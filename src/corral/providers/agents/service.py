@@ -64,7 +64,11 @@ class FenceAgents:
         # A future stops it, not a cancelled task: a task cancelled before its first step would never answer.
         work = asyncio.ensure_future(self._work(event))
         timeout = to_seconds(event.timeout_ns)
-        await asyncio.wait((work, stop), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait((work, stop), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # the World closes: nobody is left to be answered
+            work.cancel()
+            raise
         if work.done():
             ok, text = _outcome(work)
         else:
