@@ -29,7 +29,7 @@ CREATING: Final = os.O_CREAT | os.O_EXCL | os.O_TRUNC  # done by other requests 
 class OpenFile:
     """A file description. `position` is where read and write go on."""
 
-    __slots__ = ("append", "direct", "handle", "inode", "position", "readable", "writable")
+    __slots__ = ("append", "direct", "flocked", "handle", "inode", "position", "readable", "writable")
 
     def __init__(self, inode: KernelInode, handle: int, flags: int, direct: bool) -> None:
         self.inode = inode
@@ -38,6 +38,7 @@ class OpenFile:
         self.append = bool(flags & os.O_APPEND)
         self.readable = flags & os.O_ACCMODE != os.O_WRONLY
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
+        self.flocked = False
         self.position = 0
 
 
@@ -357,6 +358,17 @@ class Syscalls:
             )
         )
 
+    async def flock(self, file: OpenFile, kind: int, *, wait: bool) -> None:
+        """A lock of the file description: F_RDLCK 0 shared, F_WRLCK 1 exclusive, F_UNLCK 2; given back by `close`."""
+        asked = LockRange(0, (1 << 63) - 1, kind, self._process.pid)
+        await self._call(
+            self._kernel.request(
+                "setlk",
+                lambda fs: fs.setlk(file.inode.ino, file.handle, file.handle, asked, wait=wait, flock=True),
+            )
+        )
+        file.flocked = True
+
     async def map_read(self, file: OpenFile, size: int, offset: int) -> bytes:
         """What a shared mapping shows."""
         return await self._call(self._read_cached(file, size, offset))
@@ -514,4 +526,5 @@ class Syscalls:
             await self._kernel.request("flush", lambda fs: fs.flush(inode.ino, file.handle, self._process.pid))
         finally:
             inode.handles.pop(file.handle, None)
-            await self._kernel.request("release", lambda fs: fs.release(inode.ino, file.handle, None))
+            owner = file.handle if file.flocked else None
+            await self._kernel.request("release", lambda fs: fs.release(inode.ino, file.handle, owner))
