@@ -208,6 +208,7 @@ for _opcode, _entry in {
 # Whatever else exists is answered ENOSYS; the kernel then stops asking or does it itself (xattr, ioctl, poll, access,
 # copy_file_range, tmpfile, statx).
 
+_SLASH: Final = ord("/")  # as a number: `bytes in bytes` costs an exception inside the interpreter
 _FORGET_ONE: Final = struct.Struct("=QQ")
 
 
@@ -232,18 +233,21 @@ def decode(opcode: int, length: int, header: bytearray, data: memoryview) -> tup
         return (*fields, data[: fields[2]])
     if length < HEADER_SIZE + size or length > HEADER_BUFFER + len(data) or tail == NO_TAIL:
         return None
-    body = _body(length, header, data)
+    body = bytes(header[HEADER_SIZE:length]) if length <= HEADER_BUFFER else _body(length, header, data)
+    if tail == ONE_NAME:
+        name = body[size:-1]
+        if not name or body[-1] or _SLASH in name or 0 in name or len(name) >= NAME_LIMIT:
+            return None
+        return (*unpack_from(body), name) if size else (name,)
     if tail == OPEN_ENDED:
         return (*unpack_from(body), body[size:])
     if tail == FORGETS:
         return _forgets(unpack_from(body)[0], body, size)
-    names = _names(body[size:], tail)
+    names = _two_names(body[size:], tail)
     return None if names is None else (*unpack_from(body), *names)
 
 
 def _body(length: int, header: bytearray, data: memoryview) -> bytes:
-    if length <= HEADER_BUFFER:
-        return bytes(header[HEADER_SIZE:length])
     return bytes(header[HEADER_SIZE:]) + bytes(data[: length - HEADER_BUFFER])
 
 
@@ -253,14 +257,14 @@ def _forgets(count: int, body: bytes, size: int) -> tuple[Any, ...] | None:
     return tuple(_FORGET_ONE.iter_unpack(body[size:]))
 
 
-def _names(tail: bytes, kind: int) -> list[bytes] | None:
-    """The NUL-terminated strings that make up `tail` exactly."""
+def _two_names(tail: bytes, kind: int) -> list[bytes] | None:
+    """The two NUL-terminated strings that make up `tail` exactly."""
     names = tail.split(b"\0")
-    if names.pop() != b"" or len(names) != (1 if kind == ONE_NAME else 2):
+    if names.pop() != b"" or len(names) != 2:
         return None
     for index, name in enumerate(names):
         if not name or len(name) >= NAME_LIMIT:
             return None
-        if b"/" in name and not (kind == NAME_AND_TARGET and index == 1):
+        if _SLASH in name and not (kind == NAME_AND_TARGET and index == 1):
             return None
     return names

@@ -49,7 +49,7 @@ def attributes_out(a: Attributes, valid_ns: int) -> bytes:
     atime, atime_ns = divmod(a.atime_ns, SECOND)
     mtime, mtime_ns = divmod(a.mtime_ns, SECOND)
     ctime, ctime_ns = divmod(a.ctime_ns, SECOND)
-    valid, valid_ns = divmod(valid_ns, SECOND) if valid_ns else (0, 0)
+    valid, valid_ns = divmod(valid_ns, SECOND)
     return _ATTR_OUT.pack(
         valid, valid_ns, 0,
         a.ino, a.size, a.blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
@@ -63,7 +63,7 @@ def entry_out(entry: Entry, *, entry_timeouts: bool) -> bytes:
     atime, atime_ns = divmod(a.atime_ns, SECOND)
     mtime, mtime_ns = divmod(a.mtime_ns, SECOND)
     ctime, ctime_ns = divmod(a.ctime_ns, SECOND)
-    entry_valid, entry_valid_ns = divmod(entry.entry_valid_ns, SECOND) if entry_timeouts else (0, 0)
+    entry_valid, entry_valid_ns = divmod(entry.entry_valid_ns if entry_timeouts else 0, SECOND)
     attr_valid, attr_valid_ns = divmod(entry.attr_valid_ns, SECOND)
     return _ENTRY_OUT.pack(
         entry.ino, entry.generation, entry_valid, attr_valid, entry_valid_ns, attr_valid_ns,
