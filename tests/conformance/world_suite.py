@@ -356,6 +356,16 @@ async def the_wrong_node_is_an_error_but_no_refusal(lab: Laboratory) -> None:
 
 
 @check
+async def no_address_is_an_oserror(lab: Laboratory) -> None:
+    """Addresses also come from other members."""
+    world = lab.world(1)
+    for address in ("", "nonsense", f"{lab.host}:99999", "a..b:1", "x" * 300 + ":1", "x\0y:1", ":1", "\ud800:1"):
+        with pytest.raises(OSError) as raised:
+            await world.network.connect(address, 2, Recorder())
+        assert not isinstance(raised.value, ConnectionRefusedError)
+
+
+@check
 async def an_address_in_use_is_an_error(lab: Laboratory) -> None:
     first, second = lab.world(1), lab.world(2)
     listener = await first.network.listen(f"{lab.host}:0", lambda connection: Recorder())
@@ -389,7 +399,7 @@ async def datagrams_bring_an_address_that_can_be_answered(lab: Laboratory) -> No
 async def sending_a_datagram_never_raises(lab: Laboratory) -> None:
     world = lab.world(1)
     socket = await world.network.datagrams(f"{lab.host}:0", lambda address, payload: None)
-    for address in (f"{lab.host}:9", "nonsense", ""):
+    for address in (f"{lab.host}:9", "nonsense", "", "x" * 300 + ":1", "a..b:1", "x\0y:1", "\ud800:1"):
         socket.send(address, b"x")
     socket.send(f"{lab.host}:9", bytes(70_000))
     socket.close()

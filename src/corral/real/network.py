@@ -149,8 +149,7 @@ class RealNetwork:
 
     async def _connected(self, address: str) -> socket.socket:
         """A TCP connection to the first of the host's addresses that answers. ConnectionRefusedError: none listens."""
-        host, port = addresses.parse(address)
-        found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await self._look_up(address, socket.SOCK_STREAM)
         errors: list[OSError] = []
         for family, kind, protocol, _, name in found:
             sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
@@ -170,6 +169,17 @@ class RealNetwork:
                 raise OSError(failure.errno, f"{address}: {failure.strerror or failure}")
         raise ConnectionRefusedError(errno.ECONNREFUSED, f"nobody listens on {address}")
 
+    async def _look_up(self, address: str, kind: socket.SocketKind) -> list[Any]:
+        """Addresses come from configuration and from other members: whatever is wrong with one is an OSError."""
+        try:
+            host, port = addresses.parse(address)
+            return await self._loop.getaddrinfo(host, port, type=kind)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(errno.EHOSTUNREACH, f"{address}: {reason}; check the host name") from None
+        except ValueError as error:  # UnicodeError is one
+            raise OSError(errno.EINVAL, f"{address[:100]!r} is no address: {error}") from None
+
     def _identity(self, stream: Stream) -> NodeId | None:
         """The node of our cluster that the peer's certificate names."""
         certificate: dict[str, Any] | None = stream.extra("peercert")
@@ -187,8 +197,7 @@ class RealNetwork:
         return datagrams
 
     async def _bound(self, address: str, kind: socket.SocketKind) -> socket.socket:
-        host, port = addresses.parse(address)
-        found = await self._loop.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
+        found = await self._look_up(address, kind)
         family, _, protocol, _, name = found[0]
         sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
         try:
@@ -419,13 +428,15 @@ class RealDatagrams:
         try:
             host, port = addresses.parse(address)
         except ValueError:
-            return None
+            return None  # from a peer, perhaps: as good as unreachable
         if address in self._names:
             return None  # being resolved
         if len(self._names) >= NAMES_MAX:
             self._names.clear()
         try:
             found = socket.getaddrinfo(host, port, self._sock.family, socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
+        except UnicodeError:
+            return None
         except OSError:
             self._names[address] = None
             task = self._loop.create_task(self._resolve(address, host, port))
@@ -439,9 +450,10 @@ class RealDatagrams:
         try:
             found = await self._loop.getaddrinfo(host, port, family=self._sock.family, type=socket.SOCK_DGRAM)
             self._names[address] = found[0][4]
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
             self._network._complaints.about(
-                self._network._now(), host, f"host {host!r} cannot be resolved: {error.strerror}; check the address"
+                self._network._now(), host, f"host {host[:100]!r} cannot be resolved: {reason}; check the address"
             )
         self._loop.call_later(NAME_SECONDS, self._names.pop, address, None)
 
