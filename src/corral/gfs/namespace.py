@@ -17,10 +17,11 @@ from errno import (
 from typing import Final
 
 from corral.api.gfs import Caller, Dirent, Entry
+from corral.base.time import MILLISECOND
 from corral.gfs import format as fmt
 from corral.gfs.directory import Directory, Found, Listed
 from corral.gfs.format import BlockDamaged, name_hash
-from corral.gfs.glock import EX, INODE, IOPEN, NOEXP, NONDISK, NONDISK_RENAME, SH, TRY, TRY_CALLBACK
+from corral.gfs.glock import EX, INODE, IOPEN, NOEXP, NONDISK, NONDISK_RENAME, SH, TRY, TRY_CALLBACK, Glock
 from corral.gfs.inode import S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, Inode
 from corral.gfs.volume import FOREVER_VALID, Volume
 
@@ -29,6 +30,12 @@ RENAME_EXCHANGE: Final = 2
 LINK_MAX: Final = (1 << 32) - 2
 S_ISGID: Final = 0o2000
 READ_CLUSTER: Final = 256  # blocks: neighbouring dinodes read at once
+BUSY_MAX: Final = 16  # free blocks tried for a dinode whose glocks are elsewhere, before the group is let go
+BUSY_PAUSE: Final = MILLISECOND
+
+
+class BusyInodes(Exception):
+    """The glocks of the free blocks tried are held elsewhere: let go of the resource group, then try again."""
 
 
 def check_name(name: bytes) -> None:
@@ -72,6 +79,9 @@ class Namespace(Volume):
         """The inode the kernel means by a node id it was given before."""
         number = self.number_of(ino)
         inode = self.inodes.get(number)
+        if inode is not None and not (inode.loaded or inode.lookups or inode.opens or inode.glock.queue):
+            inode = None  # nobody referred to that life of the block: take what is there now
+            del self.inodes[number]
         if inode is None:
             if not fmt.SUPERBLOCK_AT < number < self.superblock.blocks:
                 raise OSError(ESTALE, "stale file handle")
@@ -149,9 +159,23 @@ class Namespace(Volume):
                 raise OSError(ENOENT, "the directory was removed")
             if mode & S_IFMT == S_IFDIR and inode.nlink >= LINK_MAX:
                 raise OSError(EMLINK, "too many links")
-            return await self._make_in(inode, directory, name, hashed, mode, caller, rdev, target, opened)
+            while True:
+                try:
+                    return await self._make_in(inode, directory, name, hashed, mode, caller, rdev, target, opened)
+                except BusyInodes:
+                    # The group is free again meanwhile, so whoever frees one of them can go on.
+                    await self.world.sleep_until(self.world.now() + BUSY_PAUSE)
         finally:
             self.drop(inode, EX)
+
+    async def _glock_of_free(self, number: int) -> Glock | None:
+        """The glock of a block that is to become a dinode, held in EX. None when another node has it: a reclaimer may
+        hold it and wait for the resource group that we hold, against the lock order."""
+        locks = self.locks
+        glock = locks.table.get(INODE, number)
+        if locks.table.try_hold(glock, EX) or await locks.hold(glock, EX, TRY | TRY_CALLBACK):
+            return glock
+        return None
 
     async def _make_in(
         self,
@@ -168,16 +192,19 @@ class Namespace(Volume):
         locks = self.locks
         space = await self.space(1 + directory.growth(name, hashed), parent.goal_dinode or parent.number, parent)
         fresh: Inode | None = None
-        held = made = False
+        glock: Glock | None = None
+        made = False
         number = 0
+        aside: list[int] = []
         try:
-            number = space.rgrp.find_dinode(parent.goal_dinode)
-            assert number, "GFS-9"
+            while glock is None:
+                number = space.rgrp.find_dinode(parent.goal_dinode)
+                assert number or aside, "GFS-9"
+                if not number or len(aside) >= BUSY_MAX:
+                    raise BusyInodes
+                aside.append(number)
+                glock = await self._glock_of_free(number)
             formal = self.take_formal()
-            glock = locks.table.get(INODE, number)
-            if not locks.table.try_hold(glock, EX):
-                await locks.hold(glock, EX)
-            held = True
             fresh = self.adopt(number, formal)
             if opened:
                 await self.hold_iopen(fresh)
@@ -195,10 +222,11 @@ class Namespace(Volume):
             made = True
             return fresh
         finally:
-            if number and not made:
-                space.rgrp.put_back(number)
+            for unused in aside:
+                if not made or unused != number:
+                    space.rgrp.put_back(unused)
             space.done()
-            if held:
+            if glock is not None:
                 locks.drop(glock, EX)
             if fresh is not None and fresh.opens and not made:
                 await self.drop_iopen(fresh)
@@ -631,8 +659,8 @@ class Namespace(Volume):
         """As `load`, but whatever is wrong is left for `load` to say."""
         try:
             if fmt.DINODE_HEAD.unpack_from(block, fmt.HEADER_SIZE)[0] == inode.formal:
-                await inode.load(block, self.read_block, self.superblock.blocks)
-        except BlockDamaged:
+                await self.take_content(inode, block)
+        except (BlockDamaged, OSError):
             pass
 
     # --- last references ---------------------------------------------------------------------------------------------
