@@ -5,6 +5,8 @@ nothing), then that the notification ends it. Timeouts of a minute stand for "as
 """
 
 import asyncio
+import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,6 +160,22 @@ def test_append_ignores_the_kernels_stale_size(mountpoint: Path) -> None:
         assert await call(os.pread, fd, 1000, 0) == expected
         assert filesystem.appends == 21
         await call(os.close, fd)
+
+    serve(mountpoint, story, attr_valid_ns=MINUTE, entry_valid_ns=MINUTE)
+
+
+def test_withdrawal_leaves_no_old_page_to_open_descriptors(mountpoint: Path) -> None:
+    async def story(mounted: fuse.Mount, filesystem: MemoryFilesystem) -> None:
+        filesystem.keep = True
+        await call((mountpoint / "file").write_bytes, b"old")
+        fd = await call(os.open, mountpoint / "file", os.O_RDONLY)
+        assert await call(os.pread, fd, 3, 0) == b"old"
+        await mounted.abort("the lease lapsed")
+        with pytest.raises(OSError) as failed:
+            await call(os.pread, fd, 3, 0)
+        assert failed.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
     serve(mountpoint, story, attr_valid_ns=MINUTE, entry_valid_ns=MINUTE)
 

@@ -215,7 +215,6 @@ def test_withdrawal_answers_eio_and_leaves_nothing_mounted(mountpoint: Path) -> 
         filesystem.gate("mkdir")
         making = start(os.mkdir, mountpoint / "slow")
         await filesystem.arrived["mkdir"].wait()
-        await mounted.session.invalidate_known()
         mounted.session.withdraw("the lease lapsed")
         with pytest.raises(OSError) as failed:
             await making

@@ -4,8 +4,9 @@ One code path for every request: its handler coroutine is driven by `send(None)`
 written there and then, else the suspended coroutine is handed to a task which continues it and answers. A handler
 therefore starts outside any task: it may await futures, but not ask for the current task (asyncio.timeout does).
 
-States: starting (INIT not answered) → serving → gone (unmounted, aborted or withdrawn); `closed` completes when the
-filesystem's `destroy` has returned too.
+States: starting (INIT not answered) → serving → gone (unmounted or aborted), or serving → refusing (withdrawn, or our
+own bug: EIO to everybody while the caches are dropped) → gone. `closed` completes when the filesystem's `destroy` has
+returned too.
 
 Invariants
     FUSE-1  every request gets exactly one answer, FORGET, BATCH_FORGET and INTERRUPT none
@@ -51,11 +52,13 @@ SUSPENDED_MAX: Final = 16384
 HELD_POLL_S: Final = 0.005
 CLOSE_GRACE_S: Final = 30.0
 ABORT_GRACE_S: Final = 0.2
+FAREWELL_S: Final = 1.0
 
 # Requests that only look: giving them up halfway changes nothing.
 _HARMLESS: Final = frozenset(
     {p.LOOKUP, p.GETATTR, p.READLINK, p.READ, p.STATFS, p.READDIR, p.READDIRPLUS, p.GETLK, p.LSEEK, p.FSYNC, p.FSYNCDIR}
 )
+_UNANSWERED: Final = frozenset({p.FORGET, p.BATCH_FORGET, p.INTERRUPT})
 # Never refused for lack of room: the kernel does not ask again, and what they release would leak.
 _RELEASING: Final = frozenset({p.RELEASE, p.RELEASEDIR, p.FLUSH})
 
@@ -148,6 +151,7 @@ class Session:
         self._operations = Operations(filesystem)
         self._table = self._operations.table
         self._serving = True
+        self._reading = False
         self._minor = 0
         self._patience = 0
         self._skip = 0
@@ -164,6 +168,7 @@ class Session:
     # --- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        self._reading = True
         self._loop.add_reader(self._device.fd, self._readable)
 
     async def run(self) -> None:
@@ -171,13 +176,9 @@ class Session:
         await asyncio.shield(self.closed)
 
     def withdraw(self, reason: str) -> None:
-        """Stop answering for good: held and waiting requests get EIO, then the connection is aborted. Whoever calls has
-        dropped the kernel's caches first (`invalidate_known`), for open descriptors go on reading cached pages."""
+        """Nothing is answered any more but EIO, held and waiting requests included; the kernel's caches are dropped
+        (for at most FAREWELL_S), then the connection is aborted."""
         self._end(Withdrawn(reason))
-
-    async def invalidate_known(self) -> None:
-        """Drops the kernel's pages and attributes of every inode it knows, before a withdrawal."""
-        await asyncio.gather(*(self.notifier.invalidate_inode(node) for node in sorted(self._operations.known)))
 
     def thaw(self) -> None:
         """`may_reply` says yes again: answer now instead of at the next look."""
@@ -220,7 +221,7 @@ class Session:
             return
         linger = now + LINGER_NS
         served = 0
-        while self._serving:
+        while self._reading:
             if self._receive():
                 now = self._took(now)
                 linger = now + LINGER_NS
@@ -257,6 +258,10 @@ class Session:
         if received < p.HEADER_SIZE or length != received or unique == 0:
             self._malformed += 1
             return
+        if not self._serving:
+            if opcode not in _UNANSWERED:
+                self._refuse(unique)
+            return
         if opcode >= p.OPCODES:
             self._unsupported += 1
             self._answer(unique, opcode, node, errno.ENOSYS, b"")
@@ -281,7 +286,7 @@ class Session:
             self._answer(unique, opcode, node, errno.ENOSYS, b"")
             return
         self._malformed += 1
-        if opcode not in (p.FORGET, p.BATCH_FORGET, p.INTERRUPT):
+        if opcode not in _UNANSWERED:
             self._answer(unique, opcode, node, errno.EINVAL, b"")
 
     def _drive(
@@ -467,13 +472,18 @@ class Session:
             self._end(None)
         else:
             self._end(Withdrawn(f"the kernel's connection was aborted ({error.strerror})"))
+        self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._device.fd)
 
     def _end(self, failure: BaseException | None) -> None:
         if not self._serving:
             return
         self._serving = False
         self._failure = failure
-        self._loop.remove_reader(self._device.fd)
         if self._held_timer is not None:
             self._held_timer.cancel()
         while self._held:
@@ -488,17 +498,14 @@ class Session:
 
     async def _close(self) -> None:
         """Looking requests are cancelled, changing ones may end; then the filesystem commits and lets go."""
-        self._may_reply = None
-        self.notifier.detach()
         tasks = [waiting.task for waiting in self._waiting.values() if waiting.task is not None]
         for waiting in list(self._waiting.values()):
             if waiting.opcode in _HARMLESS or waiting.opcode == p.SETLKW or self._failure is not None:
                 self._cancel(waiting)
-        if self._failure is not None:  # whoever waits hears EIO, then nobody hears anything
-            if tasks:
-                await asyncio.wait(tasks, timeout=ABORT_GRACE_S)
-            if self._abort is not None:
-                await self._loop.run_in_executor(None, self._abort)
+        if self._failure is not None:
+            await self._farewell(tasks)
+        self._stop_reading()
+        self.notifier.detach()
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=CLOSE_GRACE_S)
             for task in late:
@@ -519,6 +526,20 @@ class Session:
                 else:
                     future.set_exception(self._failure)
                     future.exception()  # asked for: run() may never be called
+
+    async def _farewell(self, tasks: list[asyncio.Task[None]]) -> None:
+        """While everybody hears EIO, the kernel's caches are dropped (open descriptors would go on reading them); then
+        the connection is aborted, after which nobody hears anything."""
+        if tasks:
+            await asyncio.wait(tasks, timeout=ABORT_GRACE_S)
+        if self._reading:
+            await asyncio.wait([self._loop.create_task(self._drop_known())], timeout=FAREWELL_S)
+        if self._abort is not None:
+            await self._loop.run_in_executor(None, self._abort)
+
+    async def _drop_known(self) -> None:
+        notifications = [self.notifier.invalidate_inode(node) for node in sorted(self._operations.known)]
+        await asyncio.gather(*notifications, return_exceptions=True)
 
 
 @types.coroutine
