@@ -10,15 +10,7 @@ the coordinator; when all have, the view is *active*, and a member serves while 
 lease runs. When a corrald crashes its participants may live on as *zombies*: they serve until the lease they last saw
 ends.
 
-Checked while it runs (`Violation` names the number):
-  CMAN-1  quorate views have different epochs, and no view id means two views
-  CMAN-2  when a view is installed anywhere, every member has accepted it on its disk
-  CMAN-3  what is accepted on a disk is what that disk promised last
-  CMAN-4  the epoch promised on a disk never falls
-  CMAN-5  an incarnation left out of an installed quorate view is in no later one
-  CMAN-9  a member without memory is not needed for the quorum of any view
-  CMAN-10 at every instant the processes that serve are all in one active view
-  CMAN-11 after the faults end, one quorate, active view of all nodes serves within a bound
+The faults are in `cman_faults.py`, what is checked while it runs in `cman_checks.py`.
 """
 
 import heapq
@@ -43,10 +35,8 @@ from corral.cman.events import (
     FlagsChanged,
     Installed,
     LeaseExtended,
-    Leave,
     Left,
     Outdated,
-    Proved,
     RecordChanged,
     ServicesStopped,
     Stop,
@@ -56,16 +46,13 @@ from corral.cman.membership import MembershipEngine
 from corral.cman.quorum import first_record
 from corral.cman.state import first_state, recover
 from corral.cman.timing import RHO_PPM, Timing
+from tests.sim.cman_checks import Checks, Violation
+from tests.sim.cman_faults import DETECT, FAULTS, Faults
 
-DETECT = 500 * MILLISECOND
 TIMING = Timing(DETECT, heartbeats_per_detect=5)
 DRIFT = RHO_PPM // 2 - 10  # ppm either way: two clocks differ by less than rho
 WALL_START = 1_700_000_000
 LIVENESS_BOUND = 6 * TIMING.recover_ns
-
-
-class Violation(AssertionError):
-    """An invariant does not hold; the message begins with its number."""
 
 
 class Zombie(NamedTuple):
@@ -79,13 +66,12 @@ class Zombie(NamedTuple):
 class Session:
     """One TLS connection between two corralds. Each side may notice its end at another time."""
 
-    __slots__ = ("broken", "down", "last", "number", "peers", "up")
+    __slots__ = ("broken", "last", "number", "peers", "up")
 
     def __init__(self, number: int, peers: dict[NodeId, MemberId]) -> None:
         self.number = number
         self.peers = peers
         self.up: set[NodeId] = set()  # sides that were told PeerUp
-        self.down: set[NodeId] = set()  # sides that were told PeerDown
         self.last: dict[NodeId, int] = {}  # per receiver: when its newest message arrives (FIFO)
         self.broken = False
 
@@ -105,7 +91,6 @@ class Node:
         self.backlog: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self.incarnation = 0
         self.zombies: list[Zombie] = []
-        self.restart_after = 0
 
     # --- clock ---
 
@@ -326,27 +311,7 @@ class Node:
         return None
 
 
-FAULTS = (
-    "fault_crash",
-    "fault_crashes",
-    "fault_one_way",
-    "fault_partition",
-    "fault_pause",
-    "fault_state_loss",
-    "fault_power_cut",
-    "fault_session",
-    "fault_loss",
-    "fault_hung_disk",
-    "fault_ambush",
-    "fault_leave",
-    "fault_proof",
-)
-
-
-AMBUSHED = (wire.Prepare, wire.Promise, wire.Propose, wire.Accept, wire.Install)
-
-
-class Cluster:
+class Cluster(Faults, Checks):
     """`run(seed)` makes one, hurts it for a while, heals it and waits for it."""
 
     def __init__(self, seed: int, size: int) -> None:
@@ -519,220 +484,6 @@ class Cluster:
             down = PeerDown(session.peers[other], session.number, "broken", refused and by is not None)
             when = session.last[number] + self.rng.randint(1, 20 * MILLISECOND)
             self.at(when, self.peer_event, node, other, session, down, node=node)
-
-    # --- faults ---
-
-    def pick(self) -> Node:
-        return self.nodes[self.rng.choice(self.nodes_ids)]
-
-    def fault(self) -> None:
-        kind = self.rng.choice(self.kinds)
-        self.note(0, kind)
-        self.count("faults")
-        getattr(self, kind)()
-
-    def fault_crash(self) -> None:
-        node = self.pick()
-        if node.running:
-            node.crash(zombies=self.rng.random() < 0.7)
-            self.restart_later(node)
-
-    def fault_crashes(self) -> None:
-        """Several corralds at once, and back at once, while what they served lives on."""
-        for node in self.nodes.values():
-            if node.running and self.rng.random() < 0.6:
-                node.crash(zombies=True)
-                self.later(self.rng.randint(MILLISECOND, 50 * MILLISECOND), self.restart, node, node.life)
-
-    def fault_state_loss(self) -> None:
-        node = self.pick()
-        remembering = sum(self.remembers(other) for other in self.nodes.values() if other is not node)
-        if remembering >= self.record.quorum:
-            if node.running:
-                node.crash(zombies=self.rng.random() < 0.5)
-                self.restart_later(node)
-            node.log = []
-            # It may use the id of an inquorate view of its earlier life again; of a quorate one, never.
-            self.views = {key: view for key, view in self.views.items() if view.quorate or key.coordinator != node.node}
-
-    def fault_power_cut(self) -> None:
-        for node in self.nodes.values():
-            if node.running:
-                node.crash(zombies=False)
-                self.restart_later(node)
-            node.zombies = []
-
-    def fault_one_way(self) -> None:
-        a, b = self.pick().node, self.pick().node
-        if a != b:
-            self.cut_for({(a, b)})
-
-    def fault_partition(self) -> None:
-        side = {node for node in self.nodes_ids if self.rng.random() < 0.5}
-        pairs = {(a, b) for a in side for b in self.nodes_ids if b not in side}
-        if self.rng.random() < 0.3:
-            pairs = {pair for pair in pairs if self.rng.random() < 0.5}
-        self.cut_for(pairs | {(b, a) for a, b in pairs})
-
-    def cut_for(self, pairs: set[tuple[NodeId, NodeId]]) -> None:
-        self.cut |= pairs
-        for a, b in sorted(pairs):
-            session = self.nodes[a].sessions.get(b) if self.nodes[a].running else None
-            if session is not None and self.rng.random() < 0.7:
-                self.later(self.rng.randint(0, 3 * DETECT), self.break_if_cut, session, (a, b))
-        self.later(self.span(), self.heal, pairs)
-
-    def break_if_cut(self, session: Session, pair: tuple[NodeId, NodeId]) -> None:
-        if pair in self.cut:
-            self.break_session(session, refused=False)
-
-    def heal(self, pairs: set[tuple[NodeId, NodeId]]) -> None:
-        self.cut -= pairs
-
-    def fault_pause(self) -> None:
-        node = self.pick()
-        if node.running and not node.paused:
-            node.paused = True
-            self.later(self.span(), self.resume, node, node.life)
-
-    def resume(self, node: Node, life: int) -> None:
-        if node.life == life and node.paused:
-            node.paused = False
-            backlog, node.backlog = node.backlog, []
-            for fn, args in backlog:
-                if node.life == life:
-                    fn(*args)
-
-    def fault_session(self) -> None:
-        node = self.pick()
-        if node.running and node.sessions:
-            self.break_session(node.sessions[self.rng.choice(sorted(node.sessions))], refused=False)
-
-    def fault_loss(self) -> None:
-        self.loss = self.rng.choice((0.05, 0.2, 0.5))
-        self.slow = self.rng.choice((0, DETECT // 10, DETECT))
-        self.slow_disk = self.rng.choice((0, DETECT // 10, 2 * DETECT))
-        self.later(self.span(), self.fault_loss_ends)
-
-    def fault_loss_ends(self) -> None:
-        self.loss, self.slow, self.slow_disk, self.hung_disk = 0.0, 0, 0, 0
-
-    def fault_hung_disk(self) -> None:
-        """One disk takes seconds for a record while the node's heartbeats go on."""
-        self.hung_disk = self.pick().node
-        self.later(4 * DETECT, self.fault_loss_ends)
-
-    def fault_ambush(self) -> None:
-        """A message of the next agreement meets a second failure."""
-        self.ambush = self.rng.choice(AMBUSHED)
-
-    def spring(self, sender: Node, peer: MemberId) -> None:
-        self.ambush = None
-        self.note(0, "ambush")
-        kind = self.rng.randrange(3)
-        if kind == 0:  # the message is held up, its session may live on
-            self.cut |= {(sender.node, peer.node)}
-            self.later(self.span(), self.heal, {(sender.node, peer.node)})
-        else:
-            victim = sender if kind == 1 else self.nodes[peer.node]
-            self.later(self.rng.randint(0, 3 * MILLISECOND), self.strike, victim, victim.life)
-
-    def strike(self, victim: Node, life: int) -> None:
-        if victim.running and victim.life == life:
-            victim.crash(zombies=True)
-            self.restart_later(victim)
-
-    def fault_leave(self) -> None:
-        node = self.pick()
-        if node.running and not node.paused:
-            node.active = None  # its participants are gone before it asks to leave
-            node.feed_member(Leave())
-
-    def fault_proof(self) -> None:
-        """What is really gone is proven to be."""
-        for node in self.nodes.values():
-            if not node.running and not node.zombies and node.incarnation:
-                for other in self.nodes.values():
-                    if other.running and not other.paused:
-                        other.feed_beat(Proved(node.node, node.incarnation))
-
-    def span(self) -> int:
-        """How long a fault lasts: from a blink to longer than recover."""
-        return self.rng.choice((DETECT // 4, DETECT, 2 * DETECT, 4 * DETECT)) + self.rng.randint(0, DETECT)
-
-    def restart_later(self, node: Node) -> None:
-        delay = 10 * MILLISECOND if self.calm else self.rng.choice((10 * MILLISECOND, DETECT // 2, self.span()))
-        self.later(delay, self.restart, node, node.life)
-
-    def restart(self, node: Node, life: int) -> None:
-        if node.life == life and not node.running:
-            node.start()
-
-    # --- checks ---
-
-    def remembers(self, node: Node) -> bool:
-        return recover(map(wire.RECORDS.decode, node.log)).record is not None
-
-    def check_write(self, node: Node, record: Any) -> None:
-        if isinstance(record, wire.Promised):
-            before = [r for r in map(wire.RECORDS.decode, node.log[:-1]) if isinstance(r, wire.Promised)]
-            if before and record.id.epoch <= before[-1].id.epoch:
-                raise Violation(f"CMAN-4: node {node.node} promised {before[-1].id}, now {record.id}")
-            if self.remembers(node):
-                self.promised_with_memory.setdefault(record.id, set()).add(node.node)
-        elif isinstance(record, wire.AcceptedView):
-            promises = [r for r in map(wire.RECORDS.decode, node.log) if isinstance(r, wire.Promised)]
-            if not promises or promises[-1].id != record.view.id:
-                raise Violation(f"CMAN-3: node {node.node} accepted {record.view} over another promise")
-            member = NodeIncarnation(node.node, record.view.incarnation_of(node.node) or 0)
-            self.accepted_on_disk.setdefault(record.view.id, set()).add(member)
-
-    def check_accepted(self, node: Node, view: View) -> None:
-        known = self.views.setdefault(view.id, view)
-        if known != view:
-            raise Violation(f"CMAN-1: {view.id} is both {known} and {view}")
-        if view.quorate and not self.record.quorate(self.promised_with_memory.get(view.id, set())):
-            raise Violation(f"CMAN-9: {view} has a quorum only with nodes that have no memory")
-        if view.quorate:
-            other = self.quorate_epochs.setdefault(view.id.epoch, view)
-            if other.id != view.id:
-                raise Violation(f"CMAN-1: quorate {other} and {view} share an epoch")
-
-    def check_installed(self, node: Node, event: Installed) -> None:
-        view = event.view
-        self.count("installed")
-        missing = set(view.members) - self.accepted_on_disk.get(view.id, set())
-        if missing:
-            raise Violation(f"CMAN-2: node {node.node} installed {view}, not accepted by {sorted(missing)}")
-        if view.quorate:
-            self.installed_quorate[view.id.epoch] = view
-
-    def check_serving(self, node: Node) -> None:
-        mine = node.serving()
-        if mine is None:
-            return
-        self.count("service starts")
-        for other in self.nodes.values():
-            theirs = other.serving()
-            if theirs is not None and theirs != mine:
-                raise Violation(f"CMAN-10: node {node.node} serves in {mine} while {other.node} serves in {theirs}")
-            for zombie in other.zombies:
-                if zombie.view != mine and other.clock() < zombie.lease_until:
-                    raise Violation(
-                        f"CMAN-10: node {node.node} serves in {mine}, a participant of {other.node} in {zombie.view}"
-                    )
-
-    def check_sequence(self) -> None:
-        lost: set[NodeIncarnation] = set()
-        before: View | None = None
-        for epoch in sorted(self.installed_quorate):
-            view = self.installed_quorate[epoch]
-            back = lost.intersection(view.members)
-            if back:
-                raise Violation(f"CMAN-5: {sorted(back)} came back in {view}")
-            if before is not None:
-                lost |= set(before.members) - set(view.members)
-            before = view
 
     def whole(self) -> bool:
         """One quorate view of all nodes, and every node serves in it."""
