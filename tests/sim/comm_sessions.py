@@ -38,7 +38,12 @@ HONEST = {
     "hello refused: stale connection attempt",
     "hello refused: stale incarnation",
 }
-STALE = {"hello with stale connection attempt", "hello with stale incarnation", "hello with another process was called"}
+STALE = {
+    "hello with stale connection attempt",
+    "hello with stale incarnation",
+    "hello with another process was called",
+    "answer of a stale incarnation",
+}
 
 
 class Violation(AssertionError):

@@ -502,6 +502,12 @@ class SessionEngine:
         if isinstance(body, Refuse):
             self._refused(now, body)
             return
+        if body.me.incarnation < self.peer.incarnation:
+            # The last words of a process whose successor we have met already.
+            self._shared.counters.reject("answer of a stale incarnation", self.peer.node, f"{body.me.incarnation}")
+            self._drop_greeting()
+            self._retry(now)
+            return
         assert isinstance(body, Welcome)
         self._greeting = 0
         self._greeting_at = FOREVER
@@ -528,8 +534,8 @@ class SessionEngine:
             raise PeerError(f"WELCOME of cluster {_printable(body.cluster)}")
         if (body.me.node, body.me.serial) != (peer.node, peer.serial):
             raise PeerError(f"WELCOME of member {body.me} instead of {peer}")
-        if body.me.incarnation < peer.incarnation or (peer.serial and body.me != peer):
-            raise PeerError(f"WELCOME of incarnation {body.me.incarnation} after {peer.incarnation}")
+        if peer.serial and body.me != peer:
+            raise PeerError(f"WELCOME of incarnation {body.me.incarnation} instead of {peer.incarnation}")
         if not hmac.compare_digest(body.ticket, self._ticket):
             raise PeerError("WELCOME with a wrong ticket")
         if body.version != VERSION or body.incompatible & ~wire.INCOMPATIBLE:
@@ -539,7 +545,7 @@ class SessionEngine:
             raise PeerError(f"WELCOME to session {body.session}, attempt {body.attempt}; asked for {expected}")
         if not self.alive and body.received:
             raise PeerError("WELCOME to a new session that has received already")
-        if self.alive and body.me != peer:
+        if self.alive and body.me.incarnation > peer.incarnation:
             raise PeerError("another incarnation resumes a session")
 
     def _refused(self, now: Instant, body: Refuse) -> None:

@@ -257,6 +257,19 @@ def test_a_wrong_answer_opens_nothing_and_the_caller_tries_again(rig: Rig, answe
     assert caller.engine.deadline < rig.now + SECOND
 
 
+def test_a_welcome_from_before_a_restart_is_nobodys(rig: Rig) -> None:
+    caller = answering(rig, wire.control(REFUSE, 0, 0, wire.Refuse(wire.REFUSE_TARGET, MemberId(2, 9, 0), "restarted")))
+    assert caller.engine._nodes[2].peer == MemberId(2, 9, 0)
+    rig.run(SECOND // 50)
+    ours, its = rig._join(caller, caller)
+    its.host = None
+    caller.engine.connected(rig.now, caller.engine._nodes[2]._attempt, ours.number, bytes(32))
+    rig.transmit(its, [welcome(attempt=2, session=2)])
+    rig.run(5 * MILLISECOND)
+    assert caller.changes() == []
+    assert caller.rejects() == {"answer of a stale incarnation": 1}
+
+
 def test_a_refusals_text_is_made_printable(rig: Rig) -> None:
     refused = wire.control(REFUSE, 0, 0, wire.Refuse(wire.REFUSE_TICKET, MemberId(2, 5, 0), "\x1b[31mred\n"))
     caller = answering(rig, refused)
