@@ -44,7 +44,7 @@ class ViewChanged(NamedTuple):
 
 
 class Membership(Protocol):
-    """At most one active view has a valid lease; active views form one sequence, of which a member sees a subsequence."""
+    """At most one active view has a valid lease; active views form one sequence; a member sees a subsequence of it."""
 
     @property
     def view(self) -> View | None: ...

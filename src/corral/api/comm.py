@@ -28,7 +28,7 @@ class Comm(Protocol):
     """Messages between members.
 
     `deliver(peer, round, payloads)` is called from the loop with all that one wakeup brought for the port, in order;
-    `watch` callbacks come in order with deliveries (PeerUp before the session's first message, PeerDown after its last).
+    `watch` callbacks come in order with deliveries: PeerUp before the session's first message, PeerDown after its last.
     """
 
     @property
