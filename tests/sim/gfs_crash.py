@@ -105,6 +105,13 @@ class Workload:
         parent, _, name = path.rpartition(b"/")
         return parent, name
 
+    def choose(self) -> None:
+        """Before each operation: which mount does it (here there is one)."""
+
+    async def ino(self, path: bytes) -> int:
+        """As the kernel knows the file."""
+        return self.inos[path]
+
     # --- operations --------------------------------------------------------------------------------------------------
 
     async def run(self, count: int) -> None:
@@ -123,6 +130,7 @@ class Workload:
         ]
         weights = [weight for weight, _ in actions]
         for _ in range(count):
+            self.choose()
             await self.rng.choices(actions, weights)[0][1]()
             self._step()
 
@@ -131,7 +139,7 @@ class Workload:
         if path in self.tree:
             return
         parent, name = self._split(path)
-        entry = await self.filesystem.mknod(self.inos[parent], name, 0o100644, 0, ME)
+        entry = await self.filesystem.mknod(await self.ino(parent), name, 0o100644, 0, ME)
         number = self.next_file
         self.next_file += 1
         self.files[number] = File(number)
@@ -146,7 +154,7 @@ class Workload:
             path = parent + b"/m%d-" % index + b"y" * 100
             if path not in self.tree:
                 parent_path, name = self._split(path)
-                entry = await self.filesystem.symlink(self.inos[parent_path], name, b"t%d" % index, ME)
+                entry = await self.filesystem.symlink(await self.ino(parent_path), name, b"t%d" % index, ME)
                 self.tree[path] = ("l", b"t%d" % index)
                 self.inos[path] = entry.ino
                 self._step()
@@ -156,7 +164,7 @@ class Workload:
         if path in self.tree:
             return
         parent, name = self._split(path)
-        entry = await self.filesystem.mkdir(self.inos[parent], name, 0o755, ME)
+        entry = await self.filesystem.mkdir(await self.ino(parent), name, 0o755, ME)
         self.tree[path] = ("d",)
         self.inos[path] = entry.ino
 
@@ -166,7 +174,7 @@ class Workload:
             return
         parent, name = self._split(path)
         target = b"to-%d" % self.rng.randrange(1000)
-        entry = await self.filesystem.symlink(self.inos[parent], name, target, ME)
+        entry = await self.filesystem.symlink(await self.ino(parent), name, target, ME)
         self.tree[path] = ("l", target)
         self.inos[path] = entry.ino
 
@@ -176,7 +184,7 @@ class Workload:
             return
         old = self.rng.choice(files)
         parent, name = self._split(path)
-        await self.filesystem.link(self.inos[old], self.inos[parent], name, ME)
+        await self.filesystem.link(await self.ino(old), await self.ino(parent), name, ME)
         self.tree[path] = self.tree[old]
         self.inos[path] = self.inos[old]
 
@@ -186,7 +194,7 @@ class Workload:
             return
         path = self.rng.choice(paths)
         parent, name = self._split(path)
-        await self.filesystem.unlink(self.inos[parent], name, ME)
+        await self.filesystem.unlink(await self.ino(parent), name, ME)
         del self.tree[path], self.inos[path]
 
     async def rmdir(self) -> None:
@@ -197,7 +205,7 @@ class Workload:
             return
         path = self.rng.choice(empty)
         parent, name = self._split(path)
-        await self.filesystem.rmdir(self.inos[parent], name, ME)
+        await self.filesystem.rmdir(await self.ino(parent), name, ME)
         del self.tree[path], self.inos[path]
 
     async def rename(self) -> None:
@@ -211,7 +219,7 @@ class Workload:
             return
         parent, name = self._split(old)
         new_parent, new_name = self._split(new)
-        await self.filesystem.rename(self.inos[parent], name, self.inos[new_parent], new_name, 0, ME)
+        await self.filesystem.rename(await self.ino(parent), name, await self.ino(new_parent), new_name, 0, ME)
         if self.tree.get(new) == self.tree[old] and self.tree[old][0] == "f":
             return  # two names of one file: rename does nothing
         for table in (self.tree, self.inos):
@@ -220,15 +228,15 @@ class Workload:
                 del table[path]  # type: ignore[attr-defined]
                 table[new + path[len(old) :]] = value  # type: ignore[index]
 
-    def _file(self) -> tuple[int, File] | None:
+    async def _file(self) -> tuple[int, File] | None:
         files = self._paths("f")
         if not files:
             return None
         path = self.rng.choice(files)
-        return self.inos[path], self.files[self.tree[path][1]]
+        return await self.ino(path), self.files[self.tree[path][1]]
 
     async def write(self) -> None:
-        found = self._file()
+        found = await self._file()
         if found is None:
             return
         ino, file = found
@@ -247,7 +255,7 @@ class Workload:
         self._changed(file.number)
 
     async def truncate(self) -> None:
-        found = self._file()
+        found = await self._file()
         if found is None:
             return
         ino, file = found
@@ -260,7 +268,7 @@ class Workload:
         self._changed(file.number)
 
     async def fsync(self) -> None:
-        found = self._file()
+        found = await self._file()
         if found is None:
             await self.filesystem.sync()
         else:

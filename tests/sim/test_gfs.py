@@ -19,16 +19,16 @@ def test_a_small_journal_that_goes_round_many_times() -> None:
     assert gfs_crash.run(1000, operations=500, cuts=6)["writes"] > 200
 
 
+def caught(seed: int) -> bool:
+    """By a checker, an invariant, or by the filesystem refusing what it finds."""
+    try:
+        gfs_crash.run(seed, operations=160, cuts=8)
+    except (AssertionError, JournalDamaged, BlockDamaged, Refused, OSError):
+        return True
+    return False
+
+
 @pytest.mark.parametrize("name", sorted(PLANTS))
 def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant, promise = PLANTS[name]
-    plant(monkeypatch)
-    for seed in range(50):
-        try:
-            gfs_crash.run(seed, operations=160, cuts=8)
-        except (gfs_crash.ViolationError, AssertionError) as error:
-            assert str(error).startswith((promise, "GFS-"))
-            return
-        except (JournalDamaged, BlockDamaged, Refused, OSError):
-            return
-    pytest.fail(f"{name} was not caught in 50 seeds")
+    PLANTS[name](monkeypatch)
+    assert any(caught(seed) for seed in range(50))

@@ -22,6 +22,7 @@ from corral.gfs.recovery import Recovery
 from corral.gfs.system import ring_of
 
 _DLM_EAGAIN: Final = -11
+OFFSET_MAX: Final = (1 << 63) - 1
 
 
 class GfsFilesystem(Files):
@@ -120,7 +121,7 @@ class GfsFilesystem(Files):
         inode = self._by_handle(ino, handle)
         if flock:
             if self.locks.table.local:
-                await self.posix.set(-inode.number, owner, LockRange(0, fmt_max(), lock.type, lock.pid), wait=wait)
+                await self.posix.set(-inode.number, owner, LockRange(0, OFFSET_MAX, lock.type, lock.pid), wait=wait)
             else:
                 await self._flock(inode, owner, lock.type, wait=wait)
             return
@@ -155,31 +156,37 @@ class GfsFilesystem(Files):
         self.flocks[key] = (handle, mode)
 
     async def _submit(self, request: Request) -> tuple[int, Completion]:
+        """One request and its answer. A wish withdrawn while it waits (a signal) leaves no lock behind."""
         assert self.lockspace is not None
         future = self.world.future()
+        answered: list[Completion] = []
+        abandoned = False
 
-        def completed(_: int, completion: Completion) -> None:
-            if not future.done():
-                future.set_result(completion)
-            elif request.op == "lock" and completion.status == 0:
-                self._give_back(handle)
+        def completed(handle: int, completion: Completion) -> None:
+            answered.append(completion)
+            if abandoned:
+                if request.op == "lock" and completion.status == 0:
+                    self._give_back(handle)
+            elif not future.done():  # cancelled a moment ago: seen below
+                future.set_result(None)
 
         (handle,) = self.lockspace.submit([request], completed, None)
         try:
-            return handle, await future
+            await future
         except BaseException:
+            abandoned = True
             if request.op == "lock":
-                if not future.done():
-                    future.cancel()
-                    self.lockspace.submit([Request("cancel", lock=handle)], lambda *_: None, None)
-                else:
+                if not answered:
+                    self.lockspace.submit([Request("cancel", lock=handle)], _ignore, None)
+                elif answered[0].status == 0:
                     self._give_back(handle)
             raise
+        return handle, answered[0]
 
     def _give_back(self, handle: int) -> None:
         """Granted after the wish was withdrawn."""
         assert self.lockspace is not None
-        self.lockspace.submit([Request("unlock", lock=handle)], lambda *_: None, None)
+        self.lockspace.submit([Request("unlock", lock=handle)], _ignore, None)
 
     async def flush(self, ino: int, handle: int, lock_owner: int) -> None:
         if self.posix.any:
@@ -196,5 +203,5 @@ class GfsFilesystem(Files):
         await super().release(ino, handle, flock_owner)
 
 
-def fmt_max() -> int:
-    return (1 << 63) - 1
+def _ignore(handle: int, completion: Completion) -> None:
+    """The answer changes nothing."""

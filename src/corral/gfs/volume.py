@@ -253,17 +253,22 @@ class Volume:
                 raise OSError(ESTALE, "stale file handle")
             if inode.formal and (kind != fmt.DINODE or formal != inode.formal) and fmt.verified(bytes(block)):
                 raise OSError(ESTALE, "stale file handle")
-            current = self.inodes.get(inode.number)
-            if current is not None and current is not inode and current.formal == (inode.formal or formal):
-                raise OSError(ESTALE, "stale file handle")  # a newer object for the same file: look it up again
-            if not inode.loaded:
-                await inode.load(block, self.read_block, self.superblock.blocks)
-            if current is not inode:
-                self._register(inode)
+            await self.take_content(inode, block)
         except BlockDamaged as error:
             if inode.formal and not await self._is_dinode(inode.number):
                 raise OSError(ESTALE, "stale file handle") from None
             raise self.damage(error, f"inode {inode.number}") from None
+
+    async def take_content(self, inode: Inode, block: bytearray) -> None:
+        """Loads a dinode that is this very file's; its object is the registered one then. BlockDamaged, ESTALE."""
+        formal = fmt.DINODE_HEAD.unpack_from(block, fmt.HEADER_SIZE)[0]
+        current = self.inodes.get(inode.number)
+        if current is not None and current is not inode and current.formal == (inode.formal or formal):
+            raise OSError(ESTALE, "stale file handle")  # a newer object for the same file: look it up again
+        if not inode.loaded:
+            await inode.load(block, self.read_block, self.superblock.blocks)
+        if self.inodes.get(inode.number) is not inode:
+            self._register(inode)
 
     async def _is_dinode(self, number: int) -> bool:
         """By the bitmap on disk, without its glock: only to tell a stale reference from damage."""

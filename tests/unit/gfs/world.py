@@ -55,8 +55,9 @@ class StuckError(Exception):
 class World:
     """Stepped tasks in FIFO order, or in an order drawn from `rng` when one is given."""
 
-    def __init__(self, rng: Random | None = None) -> None:
+    def __init__(self, rng: Random | None = None, *, delay: bool = False) -> None:
         self._rng = rng
+        self._delay = delay  # what is to happen soon happens after a drawn time
         self._ready: list[tuple[Coroutine[Any, Any, Any], Future, str]] = []
         self._timers: list[tuple[int, int, Callable[[], None], Timer]] = []
         self._count = 0
@@ -87,13 +88,21 @@ class World:
         heapq.heappush(self._timers, (when, self._count, call, timer))
         return timer
 
+    async def sleep_until(self, when: int) -> None:
+        future = self.future()
+        self.call_at(when, lambda: future.set_result(None))
+        await future
+
     def spawn(self, coroutine: Coroutine[Any, Any, Any], name: str) -> Future:
         done = Future()
         self._ready.append((coroutine, done, name))
         return done
 
+    def soon_at(self) -> int:
+        return self._now + (self._rng.randrange(8) if self._delay and self._rng is not None else 0)
+
     def soon(self, call: Callable[[], None]) -> None:
-        self.call_at(self._now, call)
+        self.call_at(self.soon_at(), call)
 
     def step(self) -> bool:
         """One task goes as far as it can, or time moves to the next timer. False when there is nothing to do."""
