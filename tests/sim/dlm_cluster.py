@@ -261,7 +261,7 @@ class Cluster:
             return
         live = self.live()
         victim = self.rng.choice(live)
-        kind = self.rng.choice(("kill", "join", "client", "client", "lapse", "session"))
+        kind = self.rng.choice(("kill", "kill", "join", "join", "client", "lapse", "session"))
         if kind == "kill" and len(live) > 2:
             self.kill(victim)
             self.change()
@@ -297,6 +297,7 @@ class Cluster:
         elif request.op == "unlock":
             held.belief = -1
             held.pending = "unlock"
+            self.forget_values()
         self.step(client.node, Submit(client.number, [(handle, self.cookies, request)]))
 
     def new_lock(self, client: Client, resource: bytes, mode: int, flags: int, timeout_ns: int = 0) -> None:
@@ -451,7 +452,7 @@ class Cluster:
         """A value lives as long as somebody has a lock on its resource."""
         for name in COUNTERS:
             if not any(
-                held.resource == name and held.mode >= 0
+                held.resource == name and held.mode >= 0 and held.pending != "unlock"
                 for node in self.live()
                 for client in node.clients.values()
                 for held in client.locks.values()
