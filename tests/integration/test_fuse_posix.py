@@ -346,9 +346,9 @@ except OSError as error:
     return done.stdout.strip()
 
 
+# Not gfs yet: it frees again what it has just reserved beyond the end, and stops at the next write back (GFS-11).
+@pytest.mark.parametrize("server", [name for name in VARIANTS if name != GFS], indirect=True)
 def test_fallocate_grows_a_file(here: Path, server: Server) -> None:
-    if server.serves == "gfs":
-        pytest.skip("gfs frees again what it has just reserved beyond the end (GFS-11 at the next write back)")
     with open(here / "file", "wb+", buffering=0) as file:
         file.write(b"x")
         os.posix_fallocate(file.fileno(), 0, 10_000)
