@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from corral.real import local, network, page, process, store, stream, world
+from corral.real import local, network, page, participants, process, store, stream, world
 from tests.conformance import world_suite
 from tests.conformance.test_world import RealLaboratory
 
@@ -23,7 +23,7 @@ def caught_by(check: str) -> Callable[[Plant], Plant]:
     return note
 
 
-@caught_by("timers_fire_once_in_order_and_never_early")
+@caught_by("timers_fire_once_and_never_early")
 def timers_round_down(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(world, "boottime", lambda: world.time.clock_gettime_ns(world.time.CLOCK_BOOTTIME) + 3_000_000)
 
@@ -130,7 +130,7 @@ def a_pid_is_enough(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by("the_participants_file_tells_who_is_left")
 def a_muster_never_finds_anybody(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(process, "_muster", lambda path: None)
+    patch.setattr(participants, "muster", lambda path: None)
 
 
 @caught_by("records_outlive_their_process_in_order")

@@ -14,7 +14,8 @@ import pytest
 
 from corral.base.time import MILLISECOND, SECOND
 from corral.base.world import ProcessId
-from corral.real.process import OUTPUT_MAX, boot_id, start_time
+from corral.real.process import boot_id, start_time
+from corral.real.program import OUTPUT_MAX
 from tests.unit.real.support import Bench, eventually, on_loop
 
 Child = subprocess.Popen[bytes]

@@ -1,9 +1,9 @@
-"""Mutual TLS 1.3 connections and UDP datagrams (World.network; DESIGN 5, comm).
+"""Mutual TLS 1.3 connections (World.network; DESIGN 5, comm); the datagrams are in `datagrams`.
 
 A connection exists for its owner only when both sides have shown a certificate of the cluster's CA that names a node of
 this cluster, and the listening side's owner took it (stream.GREETING). There is no mode without TLS. Strangers cost
 little: handshakes have a time limit and a bound (the oldest one gives way), failures are counted and logged once per
-source and minute. Datagrams are plain: comm authenticates them with its session keys.
+source and minute.
 """
 
 import asyncio
@@ -19,6 +19,8 @@ from corral.base.time import Instant
 from corral.base.world import Connection, ConnectionHandler, DatagramSocket, Listener
 from corral.real import address as addresses
 from corral.real.complaints import Complaints
+from corral.real.counters import Counters
+from corral.real.datagrams import RealDatagrams
 from corral.real.identity import Credentials, names_of
 from corral.real.stream import GREETING, LINGER_SECONDS, Fatal, Stream
 
@@ -30,34 +32,8 @@ BACKLOG: Final = 128
 ACCEPT_PAUSE_SECONDS: Final = 0.5  # after accept failed for lack of descriptors
 USER_TIMEOUT_MS: Final = 15_000  # unacknowledged data for so long breaks a connection (comm's detection is faster)
 KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
-DATAGRAM_MAX: Final = 65_507
-DATAGRAM_BATCH: Final = 64  # received in one loop turn
-NAMES_MAX: Final = 512  # resolved datagram addresses remembered
-NAME_SECONDS: Final = 60.0  # how long a resolved host name is believed
 
 log = logging.getLogger("corral.network")
-
-
-@final
-class Counters:
-    """What the network met that its owner never saw."""
-
-    __slots__ = (
-        "accepts_failed",
-        "connections_refused",
-        "datagrams_dropped",
-        "half_open_dropped",
-        "handshakes_failed",
-        "strangers",
-    )
-
-    def __init__(self) -> None:
-        self.handshakes_failed = 0  # no valid certificate, not TLS, too slow
-        self.strangers = 0  # a certificate of our CA that does not name a node of this cluster
-        self.half_open_dropped = 0  # gave way to a newer handshake
-        self.connections_refused = 0  # over CONNECTIONS_MAX
-        self.accepts_failed = 0
-        self.datagrams_dropped = 0  # could not be sent at once
 
 
 @final
@@ -79,6 +55,9 @@ class RealNetwork:
         self._complaints = Complaints(log)
         self._streams: set[Stream] = set()
         self._open: set[TlsListener | RealDatagrams] = set()
+
+    def complain(self, source: str, sentence: str) -> None:
+        self._complaints.about(self._now(), source, sentence)
 
     def _need_credentials(self) -> Credentials:
         if self._credentials is None:
@@ -192,7 +171,9 @@ class RealNetwork:
 
     async def datagrams(self, address: str, deliver: Callable[[str, bytes], None]) -> DatagramSocket:
         sock = await self._bound(address, socket.SOCK_DGRAM)
-        datagrams = RealDatagrams(self, sock, deliver)
+        datagrams = RealDatagrams(
+            self._loop, sock, deliver, self.counters, self.complain, self._fatal, self._open.discard
+        )
         self._open.add(datagrams)
         return datagrams
 
@@ -276,8 +257,7 @@ class TlsListener:
     def _pause(self, error: OSError) -> None:
         network = self._network
         network.counters.accepts_failed += 1
-        network._complaints.about(
-            network._now(),
+        network.complain(
             "accept",
             f"cannot accept connections on {self._address}: {error.strerror}; raise the limit of open files",
         )
@@ -358,104 +338,7 @@ class TlsListener:
             network._fatal(error, "accepting a connection")
 
     def _complain(self, source: str, sentence: str) -> None:
-        self._network._complaints.about(self._network._now(), source, sentence)
-
-
-@final
-class RealDatagrams:
-    """A UDP socket read and written directly: a transport in between would only add queues."""
-
-    def __init__(self, network: RealNetwork, sock: socket.socket, deliver: Callable[[str, bytes], None]) -> None:
-        self._network = network
-        self._loop = network._loop
-        self._sock = sock
-        self._deliver = deliver
-        self._address = addresses.unparse(sock.getsockname())
-        self._names: dict[str, Any] = {}  # address as text → socket address; None while it is being resolved
-        self._texts: dict[Any, str] = {}  # socket address → text
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._closed = False
-        self._loop.add_reader(sock.fileno(), self._readable)
-
-    @property
-    def address(self) -> str:
-        return self._address
-
-    def send(self, address: str, payload: bytes) -> None:
-        if self._closed:
-            return
-        name = self._names.get(address)
-        if name is None and (name := self._name(address)) is None:
-            self._network.counters.datagrams_dropped += 1
-            return
-        try:
-            self._sock.sendto(payload, name)
-        except OSError:  # buffer full, unreachable, too long, a peer's port is closed: all are loss
-            self._network.counters.datagrams_dropped += 1
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._network._open.discard(self)
-        self._loop.remove_reader(self._sock.fileno())
-        self._sock.close()
-        for task in self._tasks:
-            task.cancel()
-
-    def _readable(self) -> None:
-        for _ in range(DATAGRAM_BATCH):
-            try:
-                payload, name = self._sock.recvfrom(DATAGRAM_MAX)
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError:  # an ICMP error for something sent earlier
-                continue
-            text = self._texts.get(name)
-            if text is None:
-                if len(self._texts) >= NAMES_MAX:
-                    self._texts.clear()
-                text = self._texts[name] = addresses.unparse(name)
-            try:
-                self._deliver(text, payload)
-            except Exception as error:
-                self._network._fatal(error, "delivery of a datagram")
-            if self._closed:
-                return
-
-    def _name(self, address: str) -> Any:
-        """Numeric addresses at once; a host name is looked up aside, and what is sent meanwhile is lost."""
-        try:
-            host, port = addresses.parse(address)
-        except ValueError:
-            return None  # from a peer, perhaps: as good as unreachable
-        if address in self._names:
-            return None  # being resolved
-        if len(self._names) >= NAMES_MAX:
-            self._names.clear()
-        try:
-            found = socket.getaddrinfo(host, port, self._sock.family, socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
-        except UnicodeError:
-            return None
-        except OSError:
-            self._names[address] = None
-            task = self._loop.create_task(self._resolve(address, host, port))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            return None
-        name = self._names[address] = found[0][4]
-        return name
-
-    async def _resolve(self, address: str, host: str, port: int) -> None:
-        try:
-            found = await self._loop.getaddrinfo(host, port, family=self._sock.family, type=socket.SOCK_DGRAM)
-            self._names[address] = found[0][4]
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            self._network._complaints.about(
-                self._network._now(), host, f"host {host[:100]!r} cannot be resolved: {reason}; check the address"
-            )
-        self._loop.call_later(NAME_SECONDS, self._names.pop, address, None)
+        self._network.complain(source, sentence)
 
 
 def _tune(sock: socket.socket) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from corral.base.world import StoreDamaged
 from corral.real import address
 from corral.real.identity import names_of, parse_node_uri
-from corral.real.process import _parse_lines
+from corral.real.participants import parse_lines
 from corral.real.store import FRAME, HEADER_SIZE, MAGIC, pack_frame, parse
 
 HEADER = MAGIC + bytes(HEADER_SIZE - len(MAGIC))
@@ -50,7 +50,7 @@ def test_any_file_is_a_store_or_damaged(content: bytes) -> None:
 @quick
 @given(st.one_of(st.binary(max_size=300), st.text("0123456789 -\n", max_size=300).map(str.encode)))
 def test_any_participants_file_can_be_read(content: bytes) -> None:
-    for process in _parse_lines(content + b"\n 12 34 boot\n" + b" 1 " + b"9" * 5000 + b" boot\n"):
+    for process in parse_lines(content + b"\n 12 34 boot\n" + b" 1 " + b"9" * 5000 + b" boot\n"):
         assert 0 <= process.pid < 10**9
         assert 0 <= process.start < 10**19
 
