@@ -62,6 +62,9 @@ class NodeWorld:
         await self.world.sleep_until(when)
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any], name: str) -> Future:
+        if not self.alive:
+            coroutine.close()
+            return Future()
         return self.world.spawn(self._mortal(coroutine), name)
 
     def _mortal(self, coroutine: Coroutine[Any, Any, Any]) -> Coroutine[Any, Any, Any]:

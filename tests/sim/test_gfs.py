@@ -5,7 +5,7 @@ import pytest
 from corral.gfs.format import BlockDamaged
 from corral.gfs.replay import JournalDamaged
 from corral.gfs.superblock import Refused
-from tests.sim import gfs_crash
+from tests.sim import gfs_crash, gfs_nodes
 from tests.sim.gfs_plants import PLANTS
 
 
@@ -17,6 +17,11 @@ def test_every_cut_leaves_a_sound_filesystem_with_all_that_was_synced(seed: int)
 
 def test_a_small_journal_that_goes_round_many_times() -> None:
     assert gfs_crash.run(1000, operations=500, cuts=6)["writes"] > 200
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_three_mounts_see_one_filesystem_and_survive_each_other(seed: int) -> None:
+    assert gfs_nodes.run(seed)["blasts"] > 20
 
 
 def caught(seed: int) -> bool:

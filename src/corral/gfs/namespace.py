@@ -1,5 +1,6 @@
 """Operations on names: lookup, create and its kin, link, unlink, rename, readdir; freeing what lost its last name."""
 
+from contextlib import suppress
 from errno import (
     EAGAIN,
     EEXIST,
@@ -113,8 +114,7 @@ class Namespace(Volume):
         for _ in range(100):
             found = await self._find(parent, name)
             try:
-                inode = self.inode(found.number, found.formal)
-                await self.hold(inode, SH)
+                inode = await self.hold_named(found.number, found.formal, SH)
             except OSError as error:
                 if error.errno == ESTALE:
                     continue  # gone between the two looks: look again
@@ -124,7 +124,7 @@ class Namespace(Volume):
                     return self.entry(inode)
             finally:
                 self.drop(inode, SH)
-        raise OSError(ENOENT, "no such file or directory")
+        raise self.damage(BlockDamaged(found.number, f"is not the file that {name!r} names"), "directory entry")
 
     def forget(self, ino: int, lookups: int) -> None:
         inode = self.inodes.get(self.number_of(ino))
@@ -353,8 +353,7 @@ class Namespace(Volume):
             found = directory.find(name, hashed)
             if found is None:
                 raise OSError(ENOENT, "no such file or directory")
-            child = self.inode(found.number, found.formal)
-            await self.hold(child, EX)
+            child = await self.hold_named(found.number, found.formal, EX)
             try:
                 _check_kind(child, directory_wanted)
                 await self._remove_name(inode, directory, name, hashed, child)
@@ -457,14 +456,15 @@ class Namespace(Volume):
                 raise OSError(EEXIST, "file exists")
             if flags & RENAME_EXCHANGE and replaced is None:
                 raise OSError(ENOENT, "nothing to exchange with")
-            children = {child.number: self.inode(child.number, child.formal) for child in (moved, replaced) if child}
+            formals = {child.number: child.formal for child in (moved, replaced) if child}
+            children: dict[int, Inode] = {}
             # A directory below itself, or one put in the place of its own ancestor.
             if moved.number == target.number or moved.number in above_target:
                 raise OSError(EINVAL, "a directory cannot move below itself")
             if replaced is not None and (replaced.number == source.number or replaced.number in above_source):
                 raise OSError(EINVAL if flags & RENAME_EXCHANGE else ENOTEMPTY, "the target contains the source")
-            for number in sorted(children):
-                await self.hold(children[number], EX)
+            for number in sorted(formals):
+                children[number] = await self.hold_named(number, formals[number], EX)
                 held.append(children[number])
             child = children[moved.number]
             if replaced is None:
@@ -589,25 +589,21 @@ class Namespace(Volume):
 
     async def _with_entries(self, listed: list[Listed]) -> list[Dirent]:
         """All glocks asked for at once, neighbouring dinodes read at once; then one by one what is left."""
-        inodes: list[Inode | None] = []
+        absent = []
         for one in listed:
-            try:
-                inodes.append(self.inode(one.number, one.formal))
-            except OSError:
-                inodes.append(None)  # unlinked since it was listed
-        await self.prefetch_inodes([inode for inode in inodes if inode is not None and not inode.loaded])
+            known = self.inodes.get(one.number)
+            if known is None or not known.loaded:
+                with suppress(OSError):
+                    absent.append(self.inode(one.number, one.formal))
+        await self.prefetch_inodes(absent)
         out: list[Dirent] = []
-        for one, inode in zip(listed, inodes, strict=True):
+        for one in listed:
             entry = None
-            if inode is None:
-                continue
             try:
-                await self.hold(inode, SH)
-                try:
-                    if inode.nlink:
-                        entry = self.entry(inode)
-                finally:
-                    self.drop(inode, SH)
+                inode = await self.hold_named(one.number, one.formal, SH)
+                if inode.nlink:
+                    entry = self.entry(inode)
+                self.drop(inode, SH)
             except OSError as error:
                 if error.errno not in (ESTALE, EIO) or self.withdrawn is not None:
                     raise

@@ -240,6 +240,19 @@ class Volume:
                 self.locks.drop(glock, state)
                 raise
 
+    async def hold_named(self, number: int, formal: int, state: int) -> Inode:
+        """The file a dirent names, held and loaded. ESTALE only if the block is really another file's or none's."""
+        while True:
+            inode = self.inode(number, formal)
+            try:
+                await self.hold(inode, state)
+            except OSError as error:
+                current = self.inodes.get(number)
+                if error.errno == ESTALE and current is not None and current is not inode and current.formal == formal:
+                    continue  # somebody else read the same file meanwhile: there is a registered object now
+                raise
+            return inode
+
     def drop(self, inode: Inode, state: int) -> None:
         self.locks.drop(inode.glock, state)
 

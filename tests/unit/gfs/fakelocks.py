@@ -149,6 +149,8 @@ class Client:
     ) -> list[int]:
         manager = self.manager
         handles: list[int] = []
+        if not self.alive:
+            return [0 for _ in requests]
         for request in requests:
             if request.op == "lock":
                 lock = Lock(manager.next, self, request.resource, blocking)
