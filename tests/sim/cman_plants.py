@@ -93,11 +93,11 @@ def install_early(patch: Patch) -> None:
     """Installs when most members have accepted."""
     right = MembershipEngine._accepts
 
-    def accepts(self: MembershipEngine, peer: Any, message: wire.Accept) -> None:
+    def accepts(self: MembershipEngine, now: int, peer: Any, message: wire.Accept) -> None:
         attempt = self._attempt
         if attempt is not None and attempt.proposal is not None and 2 * len(attempt.accepts) > len(attempt.members):
             attempt.accepts.update(member.node for member in attempt.members)
-        right(self, peer, message)
+        right(self, now, peer, message)
 
     patch(MembershipEngine, "_accepts", accepts)
 

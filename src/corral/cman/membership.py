@@ -135,6 +135,7 @@ class MembershipEngine:
         self._promised_here = False
         self._attachment = b""
         self._epoch_seen = 0
+        self._installed_at: Instant = now
         self._broken = False  # a session between two members of `view` broke, or one of them is stopped
         self._leaving: dict[NodeId, Incarnation] = {}  # others that asked to be left out
         self._barred: dict[NodeId, Incarnation] = {}  # must start again first
@@ -349,8 +350,11 @@ class MembershipEngine:
             if len(target.members) == len(self.nodes):
                 return self._wanted_at
             return max(self._wanted_at + self.timing.settle_ns, self._born + self.timing.form_ns)
-        if self.stopped or self._broken or any(member not in target.members for member in view.members):
+        if self.stopped or self._broken or not all(self._linked(member) for member in view.members):
             return self._wanted_at
+        if any(member not in target.members for member in view.members):
+            # A link between others is down, by a row that may be older than the view, which had all links up.
+            return max(self._wanted_at, self._installed_at + self.timing.settle_ns)
         return self._wanted_at + self.timing.settle_ns
 
     def _consider(self, now: Instant) -> None:
@@ -454,9 +458,9 @@ class MembershipEngine:
             if member != self.me:
                 self._tell(member.node, proposal)
         if not attempt.missing():
-            self._complete(attempt)
+            self._complete(now, attempt)
 
-    def _accepts(self, peer: MemberId, message: Accept) -> None:
+    def _accepts(self, now: Instant, peer: MemberId, message: Accept) -> None:
         attempt = self._attempt
         if attempt is None or attempt.proposal is None or message.id != attempt.id:
             return
@@ -464,9 +468,9 @@ class MembershipEngine:
             return
         attempt.accepts.add(peer.node)
         if not attempt.missing():
-            self._complete(attempt)
+            self._complete(now, attempt)
 
-    def _complete(self, attempt: Attempt) -> None:
+    def _complete(self, now: Instant, attempt: Attempt) -> None:
         """Every member has accepted, and durably (CMAN-2): so the notice need not wait for our own disk."""
         assert attempt.proposal is not None
         assert not attempt.missing(), "CMAN-2"
@@ -475,7 +479,7 @@ class MembershipEngine:
             session = self._sessions.get(member.node)
             if session is not None:
                 self._out.send.append((session.peer, Install(attempt.id)))
-        self._install(attempt.proposal)
+        self._install(now, attempt.proposal)
         for leaver in attempt.proposal.left:
             session = self._sessions.get(leaver.node)
             if session is not None and session.peer.incarnation == leaver.incarnation:
@@ -593,22 +597,23 @@ class MembershipEngine:
         self._persist(RecordHeld(proposal.record))
         self._out.emit.append(RecordChanged(proposal.record))
 
-    def _installs(self, peer: MemberId, message: Install) -> None:
+    def _installs(self, now: Instant, peer: MemberId, message: Install) -> None:
         pending = self._pending
         if pending is None or pending.view.id != message.id or self.state.promised != message.id or not self.stopped:
             return
         if NodeIncarnation(peer.node, peer.incarnation) not in pending.view.members:
             self.dropped += 1
             return
-        self._install(pending)
+        self._install(now, pending)
 
-    def _install(self, proposal: Propose) -> None:
+    def _install(self, now: Instant, proposal: Propose) -> None:
         view = proposal.view
         self._persist(InstalledView(view.id))
         if self.state.record is None and view.quorate:
             self._hold(proposal)  # CMAN-9: this quorate view did not count us
         self.view = view
         self.stopped = False
+        self._installed_at = now
         self._broken = False
         self._failures = 0
         self._wanted = ()
@@ -672,6 +677,8 @@ class MembershipEngine:
         view = self.view
         if view is None or self.stopped or not 0 <= reform.promised.epoch < EPOCH_MAX:
             return
+        if view.incarnation_of(peer.node) != peer.incarnation:
+            return  # a newcomer; its links say when it may come in
         if reform.promised > view.id or (reform.broken and reform.promised == view.id):
             self._epoch_seen = max(self._epoch_seen, reform.promised.epoch)
             self._broken = True
@@ -711,9 +718,9 @@ class MembershipEngine:
         elif isinstance(message, Propose):
             self._proposed(now, peer, message)
         elif isinstance(message, Accept):
-            self._accepts(peer, message)
+            self._accepts(now, peer, message)
         elif isinstance(message, Install):
-            self._installs(peer, message)
+            self._installs(now, peer, message)
         elif isinstance(message, Nack):
             self._nacked(now, peer, message)
         elif isinstance(message, Status):
