@@ -11,7 +11,7 @@ await mounted.run()                      # until somebody unmounts it
 
 from corral.fuse.mounting import Mount, MountError, Options, clear_dead, is_dead, mount, mounted_at, unmount
 from corral.fuse.notify import KernelNotifier
-from corral.fuse.session import Limits, Session, Statistics, Withdrawn
+from corral.fuse.session import Limits, Session, Statistics, WaitingRequest, Withdrawn
 
 __all__ = [
     "KernelNotifier",
@@ -21,6 +21,7 @@ __all__ = [
     "Options",
     "Session",
     "Statistics",
+    "WaitingRequest",
     "Withdrawn",
     "clear_dead",
     "is_dead",

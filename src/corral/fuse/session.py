@@ -103,6 +103,15 @@ class Statistics(NamedTuple):
     minor: int
 
 
+class WaitingRequest(NamedTuple):
+    """Somebody who waits for the filesystem, for status displays."""
+
+    request: str
+    node: int
+    pid: int
+    waited_ns: int
+
+
 class Limits(msgspec.Struct, frozen=True):
     """What INIT agrees on. `minor_max` forces an older protocol, for tests."""
 
@@ -115,13 +124,14 @@ class Limits(msgspec.Struct, frozen=True):
 class _Waiting:
     """A request whose handler is suspended."""
 
-    __slots__ = ("interrupted", "mapping", "node", "opcode", "pid", "task", "unique")
+    __slots__ = ("interrupted", "mapping", "node", "opcode", "pid", "since", "task", "unique")
 
     def __init__(self, unique: int, opcode: int, node: int, pid: int) -> None:
         self.unique = unique
         self.opcode = opcode
         self.node = node
         self.pid = pid
+        self.since = time.monotonic_ns()
         self.interrupted = False
         self.mapping: mmap | None = None
         self.task: asyncio.Task[None] | None = None
@@ -202,6 +212,14 @@ class Session:
             longest_ns=self._longest_ns,
             minor=self._minor,
         )
+
+    def waiting(self) -> list[WaitingRequest]:
+        """Longest first. What each waits for, the filesystem knows."""
+        now = time.monotonic_ns()
+        return [
+            WaitingRequest(p.OPCODE_NAMES[waiting.opcode], waiting.node, waiting.pid, now - waiting.since)
+            for waiting in self._waiting.values()
+        ]
 
     # --- requests ------------------------------------------------------------------------------------------------
 

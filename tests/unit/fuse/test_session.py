@@ -243,6 +243,7 @@ async def test_what_changes_something_is_not_interrupted() -> None:
         making = kernel.send(p.MKDIR, struct.pack("=II", 0o755, 0) + b"d\0")
         kernel.send(p.INTERRUPT, struct.pack("=Q", making))
         assert await kernel.silent()
+        assert [(waiting.request, waiting.node) for waiting in kernel.session.waiting()] == [("MKDIR", 1)]
         filesystem.open_gate("mkdir")
         assert (await kernel.answer())[:2] == (making, 0)
 
