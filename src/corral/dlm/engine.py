@@ -37,7 +37,7 @@ from corral.api.dlm import (
 )
 from corral.api.dlm import Request as Asked
 from corral.base.engine import Ready, Received, Tick
-from corral.base.ids import MemberId
+from corral.base.ids import NAME_MAX, MemberId
 from corral.base.time import FOREVER, Instant, Nanoseconds
 from corral.dlm.events import (
     Blocked,
@@ -126,6 +126,7 @@ class LockspaceEngine:
         self.me = me
         self.name = name
         self.value_size = value_size
+        self._zeros = bytes(value_size)
         self.phase = STOPPED
         self.lease_until = lease_until
         self.space = Space(me, value_size, toss_ns)
@@ -199,31 +200,42 @@ class LockspaceEngine:
 
     def lock_now(self, now: Instant, client: int, handle: int, name: bytes, mode: int, flags: int) -> Lock | None:
         """A new lock on a locally mastered name, if it can be granted at once; else nothing has happened."""
-        if self.phase != RUNNING or now >= self.lease_until or check_request(name, mode, flags) or flags & ORPHAN:
+        if self.phase != RUNNING or now >= self.lease_until:
+            return None
+        if flags & ~VALBLK and (flags & ORPHAN or check_request(name, mode, flags)):
+            return None
+        if not (NL <= mode <= EX and 0 < len(name) <= NAME_MAX and 0 < handle <= HANDLE_MAX):
             return None
         space = self.space
-        if space.lock_count >= LOCKS_MAX or handle in space.clients.get(client, _NO_LOCKS):
-            return None
         resource = space.resources.get(name)
         if resource is None:
-            if space.directory_of(name) != self.me or name in space.directory:
+            if space.directory_of(name) != self.me or name in space.directory or client > CLIENT_MAX:
                 return None
             space.directory[name] = self.me
             resource = space.resource(name)
             space.become_master(resource, space.floor)
-        elif not resource.complete or not resource.grantable_now(mode, flags):
+            space.toss(now, resource)
+        elif not resource.complete:
             return None
-        elif not resource.granted:
-            space.tossed.pop(name, None)
-        lock = self._enter(client, handle, resource)
-        if lock is None:
+        locks = space.clients.get(client)
+        if locks is None:
+            if not 0 <= client <= CLIENT_MAX:
+                return None
+            space.clients[client] = locks = {}
+        elif handle in locks or space.lock_count >= LOCKS_MAX:
             return None
+        lock = Lock(client << 32 | handle, resource, None, handle)
         lock.requested = mode
         lock.flags = flags
         if flags & VALBLK:
-            lock.value = bytes(self.value_size)
-        status = resource.request(lock, _NO_EFFECTS)
-        assert status == 0, "DLM-1"
+            lock.value = self._zeros
+        if not resource.grant_now(lock):
+            return None
+        if not resource.processes:
+            space.tossed.pop(name, None)
+        resource.processes += 1
+        locks[handle] = lock
+        space.lock_count += 1
         space.counters.granted += 1
         return lock
 
@@ -238,14 +250,15 @@ class LockspaceEngine:
             or resource.waiting
             or lock.pending
             or lock.abandoned
-            or check_unlock(flags)
-            or flags & CANCEL
+            or (flags and (flags & CANCEL or check_unlock(flags)))
         ):
             return False
         if value is not None:
             if len(value) > self.value_size:
                 return False
             lock.value = self._padded(value)
+        elif flags & VALBLK and lock.value is None:
+            lock.value = self._zeros
         resource.unlock(lock, flags, _NO_EFFECTS)
         self.space.drop_lock(now, lock)
         return True
@@ -291,7 +304,8 @@ class LockspaceEngine:
             return None
         self._load(lock, asked)
         lock.answer = 0
-        status = self._convert_here(lock, _NO_EFFECTS)
+        self._use_block(lock)
+        status = resource.convert(lock, _NO_EFFECTS)
         assert status == 0, "DLM-1"
         self.space.counters.granted += 1
         return self._completion(lock, 0)
@@ -440,6 +454,7 @@ class LockspaceEngine:
                 self._orphan(lock)
             else:
                 self._abandon(now, lock)
+        self.space.client_gone(client)
 
     def _abandon(self, now: Instant, lock: Lock) -> None:
         """Nobody waits for this lock any more: unlock it, whatever becomes of its pending operation."""
@@ -472,10 +487,8 @@ class LockspaceEngine:
         if handle in locks:
             self._orphans.setdefault(orphan.resource.name, []).append(orphan)
             return EEXIST
-        old = space.clients[orphan.id >> 32]
-        del old[orphan.id & HANDLE_MAX]
-        if not old:
-            del space.clients[orphan.id >> 32]
+        del space.clients[orphan.id >> 32][orphan.id & HANDLE_MAX]
+        space.client_gone(orphan.id >> 32)
         orphan.id = client << 32 | handle
         orphan.abandoned = False
         locks[handle] = orphan
@@ -526,29 +539,24 @@ class LockspaceEngine:
         if lock.status in (WAITING, CONVERTING) and lock.pending != UNLOCK:
             status = resource.cancel(lock, effects) if lock.overlap else QUEUED  # queued before or by recovery
         elif lock.pending == REQUEST:
-            if lock.offered is not None:
-                lock.value = lock.offered
-            elif lock.value is None and lock.flags & VALBLK:
-                lock.value = bytes(self.value_size)
+            self._use_block(lock)
             status = resource.request(lock, effects)
         elif lock.pending == CONVERT:
-            status = self._convert_here(lock, effects)
+            self._use_block(lock)
+            status = resource.convert(lock, effects)
         else:
-            if lock.offered is not None:
-                lock.value = lock.offered
-            elif lock.value is None and lock.flags & VALBLK:
-                lock.value = bytes(self.value_size)
+            self._use_block(lock)
             status = resource.unlock(lock, lock.flags, effects)
         if status != QUEUED:
             self._finished_operation(now, lock, status)
         self._apply(now, effects)
 
-    def _convert_here(self, lock: Lock, effects: Effects) -> int:
+    def _use_block(self, lock: Lock) -> None:
+        """The lock's value block for an operation here: the caller's, else what it was, else zeros once it is used."""
         if lock.offered is not None:
             lock.value = lock.offered
         elif lock.value is None and lock.flags & VALBLK:
-            lock.value = bytes(self.value_size)
-        return lock.resource.convert(lock, effects)
+            lock.value = self._zeros
 
     def _look_up(self, now: Instant, lock: Lock) -> None:
         space = self.space
@@ -609,7 +617,7 @@ class LockspaceEngine:
                     self._mastering.completed(lock, code)
             elif code > 0:
                 self._blocked(now, lock, code)
-            elif lock.pending != UNLOCK or code == EUNLOCK:  # else a force unlock waits to overtake what has just been granted
+            elif lock.pending != UNLOCK or code == EUNLOCK:  # else a force unlock is about to overtake this grant
                 self._finished_operation(now, lock, code)
 
     def _finished_operation(self, now: Instant, lock: Lock, status: int) -> None:

@@ -217,7 +217,8 @@ class Resource:
     def unlock(self, lock: Lock, flags: int, effects: Effects) -> int:
         """Ends a lock in whatever state it is. `lock.value` is what VALBLK writes."""
         lock.result_flags = 0
-        self._value_from_unlock(lock, flags)
+        if flags and lock.granted >= PW:
+            self._value_from_unlock(lock, flags)
         self.remove(lock)
         if self.converting or self.waiting:
             self.grant_pending(effects)
@@ -304,14 +305,12 @@ class Resource:
         """Nobody has or wants a lock here."""
         return not (self.granted or self.converting or self.waiting)
 
-    def grantable_now(self, mode: int, flags: int) -> bool:
-        """Would a new request be granted at once? What the fast path asks before it makes anything."""
-        if flags & EXPEDITE:
-            return True
-        if self.converting or self.waiting:
+    def grant_now(self, lock: Lock) -> bool:
+        """A request that is granted at once, or nothing has happened: what the fast path asks."""
+        if not self._fits(lock, True, False):
             return False
-        compatible = COMPATIBLE[mode]
-        return all(compatible[other.granted] for other in self.granted)
+        self._grant(lock)
+        return True
 
     # --- grant pass ------------------------------------------------------------------------------------------------
 
@@ -490,8 +489,6 @@ class Resource:
             lock.result_flags |= VALNOTVALID
 
     def _value_from_unlock(self, lock: Lock, flags: int) -> None:
-        if lock.granted < PW:
-            return
         if flags & IVVALBLK:
             self.value_valid = False
         elif flags & VALBLK:

@@ -83,6 +83,7 @@ class Space:
         self.floor = 0
         self.resources: dict[bytes, Resource] = {}
         self.clients: dict[int, dict[int, Lock]] = {}
+        self.gone: set[int] = set()  # dead clients that still have locks
         self.lock_count = 0
         self.copies: dict[MemberId, dict[int, Lock]] = {}
         self.directory: dict[bytes, MemberId] = {}
@@ -131,13 +132,25 @@ class Space:
         client = lock.id >> 32
         locks = self.clients[client]
         del locks[lock.id & 0xFFFFFFFF]
-        if not locks:
+        if not locks and client in self.gone:
+            self.gone.discard(client)
             del self.clients[client]
         self.lock_count -= 1
         resource = lock.resource
         resource.processes -= 1
         if not resource.processes and not resource.copies:
             self.toss(now, resource)
+
+    def client_gone(self, client: int) -> None:
+        """Forgets a dead client, now or with its last lock. A living one keeps its empty table: it will lock again."""
+        locks = self.clients.get(client)
+        if locks is None:
+            return
+        if locks:
+            self.gone.add(client)
+        else:
+            self.gone.discard(client)
+            del self.clients[client]
 
     def drop_copy(self, now: Instant, copy: Lock) -> None:
         """A lock mastered for another member is over."""
