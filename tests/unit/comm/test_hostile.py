@@ -260,11 +260,14 @@ def test_a_wrong_answer_opens_nothing_and_the_caller_tries_again(rig: Rig, answe
 def test_a_welcome_from_before_a_restart_is_nobodys(rig: Rig) -> None:
     caller = answering(rig, wire.control(REFUSE, 0, 0, wire.Refuse(wire.REFUSE_TARGET, MemberId(2, 9, 0), "restarted")))
     assert caller.engine._nodes[2].peer == MemberId(2, 9, 0)
-    rig.run(SECOND // 50)
+    rig.delay = lambda: SECOND  # the next call is under way
+    rig.run(20 * MILLISECOND)
+    rig.delay = lambda: MILLISECOND
     ours, its = rig._join(caller, caller)
     its.host = None
-    caller.engine.connected(rig.now, caller.engine._nodes[2]._attempt, ours.number, bytes(32))
-    rig.transmit(its, [welcome(attempt=2, session=2)])
+    attempt = caller.engine._nodes[2]._attempt
+    caller.engine.connected(rig.now, attempt, ours.number, bytes(32))
+    rig.transmit(its, [welcome(attempt=attempt, session=attempt)])
     rig.run(5 * MILLISECOND)
     assert caller.changes() == []
     assert caller.rejects() == {"answer of a stale incarnation": 1}
