@@ -1,0 +1,197 @@
+"""A local cluster of real processes: what a person does with `corral up`, and what then goes wrong."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import corral
+from corral.cli import processes
+from corral.cli.layout import Layout
+from corral.cli.localcluster import LocalCluster
+
+CORRAL = [sys.executable, "-m", "corral.cli.main"]
+
+
+def command(*arguments: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
+    done = subprocess.run([*CORRAL, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+class Local:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.dir = f"--dir={directory}"
+        self.layout = Layout(directory)
+
+    def socket(self, node: int) -> str:
+        return str(self.layout.node(node).socket)
+
+    def status(self, node: int) -> dict[str, Any]:
+        done = command("--socket", self.socket(node), "cman", "status", "--json", check=False)
+        return json.loads(done.stdout) if done.stdout else {"members": [], "active": False, "quorate": False}
+
+    def wait(self, node: int, members: list[int], seconds: float = 20) -> dict[str, Any]:
+        """Until this node is in an active view of exactly these."""
+        end = time.monotonic() + seconds
+        while True:
+            status = self.status(node)
+            if status["members"] == members and status["active"]:
+                return status
+            assert time.monotonic() < end, f"node {node} is still in {status}"
+            time.sleep(0.05)
+
+    def start(self, *nodes: int) -> None:
+        cluster = LocalCluster(self.layout, self.layout.load(), lambda _: None)
+        for node in nodes:
+            cluster.start(node)
+        cluster.wait_ready(nodes)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Local]:
+    cluster = Local(tmp_path / "c")
+    try:
+        command("up", "--nodes=3", cluster.dir)
+        yield cluster
+    finally:
+        config = cluster.layout.load()
+        LocalCluster(cluster.layout, config, lambda _: None).abandon()
+        for node in config.node_ids:
+            assert not processes.read_participants(cluster.layout.node(node).participants)
+
+
+def test_up_is_idempotent_and_down_leaves_nothing(local: Local) -> None:
+    command("up", "--nodes=3", local.dir)
+    assert "has 3 nodes, not 2" in command("up", "--nodes=2", local.dir, check=False).stderr
+    status = json.loads(command("status", local.dir, "--json").stdout)
+    assert [node["members"] for node in status["nodes"].values()] == [[1, 2, 3]] * 3
+    assert all(node["active"] and node["quorate"] for node in status["nodes"].values())
+    command("down", local.dir)
+    assert not list(local.directory.glob("node*/*.sock"))
+    assert not list(local.directory.glob("node*/pid"))
+    assert command("status", local.dir, check=False).returncode == 1
+
+
+def test_a_lock_passes_from_a_killed_node_to_a_waiter_with_a_larger_token(local: Local) -> None:
+    async def story() -> None:
+        async with corral.connect(local.socket(1)) as one, corral.connect(local.socket(3)) as three:
+            here = await (await one.lockspace("s")).lock("other", corral.NL)
+            assert here.token
+            spaces = await one.lockspace("s"), await three.lockspace("s")
+            held = await spaces[1].lock("a", corral.EX)
+            with pytest.raises(corral.WouldBlock):
+                await spaces[0].lock("a", corral.EX, wait=False)
+            waiting = asyncio.create_task(asyncio.wait_for(spaces[0].lock("a", corral.EX)._acquire(), 20))
+            await asyncio.sleep(0.2)
+            assert not waiting.done()
+            token = held.token
+            await asyncio.to_thread(command, "node", "kill", "3", local.dir)
+            granted = await waiting
+            assert granted.token > token
+            with pytest.raises(corral.LockLost):
+                await held.unlock()
+
+    asyncio.run(story())
+    assert local.wait(1, [1, 2])["quorate"]
+
+
+def test_a_client_that_dies_frees_its_locks_at_once(local: Local) -> None:
+    script = (
+        "import asyncio, corral, sys\n"
+        "async def main():\n"
+        "    async with corral.connect(sys.argv[1]) as cluster:\n"
+        "        space = await cluster.lockspace('s')\n"
+        "        await space.lock('a')\n"
+        "        print('held', flush=True)\n"
+        "        await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, local.socket(1)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        rounds = json.loads(command("--socket", local.socket(1), "cman", "groups", "--json").stdout)[0]["round"]
+
+        async def take() -> None:
+            async with corral.connect(local.socket(1)) as cluster:
+                space = await cluster.lockspace("s")
+                with pytest.raises(corral.WouldBlock):
+                    await space.lock("a", wait=False)
+                holder.kill()
+                held = await space.lock("a", timeout=5)
+                await held.unlock()
+
+        asyncio.run(take())
+        after = json.loads(command("--socket", local.socket(1), "cman", "groups", "--json").stdout)[0]["round"]
+        assert after == rounds  # without a round
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+
+
+def test_a_paused_corrald_is_left_out_and_killed(local: Local) -> None:
+    command("node", "pause", "2", local.dir)
+    local.wait(1, [1, 3])
+    end = time.monotonic() + 10
+    while processes.read_pid_file(local.layout.node(2).pid) is not None:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    command("node", "start", "2", local.dir)
+    local.wait(1, [1, 2, 3])
+
+
+def test_two_of_three_come_back_from_a_power_loss_once_the_third_is_fenced(local: Local) -> None:
+    for node in (1, 2, 3):
+        command("node", "kill", str(node), local.dir)
+    local.start(1, 2)
+    status = local.wait(2, [1, 2])
+    assert status["quorate"]
+    history = json.loads(command("--socket", local.socket(1), "fence", "status", "--json").stdout)["history"]
+    assert {fact["node"] for fact in history} >= {3}
+    local.start(3)
+    local.wait(1, [1, 2, 3])
+
+
+def test_a_node_without_its_state_comes_back(local: Local) -> None:
+    command("node", "kill", "2", local.dir)
+    local.wait(1, [1, 3])
+    for path in local.layout.node(2).state.iterdir():
+        path.unlink()
+    local.start(2)
+    local.wait(1, [1, 2, 3])
+
+
+def test_a_killed_corrald_comes_back_as_a_new_incarnation(local: Local) -> None:
+    before = local.status(3)["incarnation"]
+    command("node", "kill", "3", local.dir, "--only=corrald")
+    local.wait(1, [1, 2])
+    command("node", "start", "3", local.dir)
+    assert local.wait(3, [1, 2, 3])["incarnation"] > before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["cman", "status"], "no corrald answers at"),
+        (["up", "--nodes=99"], "99 is not in the range"),
+        (["down", "--dir=/nonexistent/x"], "there is no cluster in"),
+        (["gfs", "mkfs", "/nonexistent/disk", "--table=a:b"], "does not exist"),
+        (["gfs", "mkfs", "/tmp", "--table=ab", "--yes"], "CLUSTER:NAME"),
+        (["node", "kill", "9", "--dir=/nonexistent/x"], "there is no cluster in"),
+    ],
+)
+def test_an_error_is_one_sentence_without_a_traceback(arguments: list[str], said: str) -> None:
+    done = command("--socket=/nonexistent/socket", *arguments, check=False)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
