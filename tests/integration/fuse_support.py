@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from corral import fuse
 from corral.fuse.mounting import FUSERMOUNT
@@ -95,10 +96,20 @@ def serve(
             await asyncio.wait_for(story(mounted, made[0]), 20)
         assert made[0].destroyed
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 async def python(code: str, *arguments: object) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, *map(str, arguments), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
+
+
+async def ended(process: asyncio.subprocess.Process) -> bytes:
+    """Closes its input, waits for its end and returns what it printed."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    output = await process.stdout.read()
+    await process.wait()
+    return output

@@ -22,7 +22,7 @@ import pytest
 
 from corral import fuse
 from corral.fuse.mounting import FUSERMOUNT
-from tests.integration.fuse_support import Server, mountpoint_in, needs_fuse, python, serve
+from tests.integration.fuse_support import Server, ended, mountpoint_in, needs_fuse, python, serve
 from tests.integration.memfs import MemoryFilesystem
 
 pytestmark = needs_fuse
@@ -121,9 +121,9 @@ def test_a_blocked_lock_is_interrupted_by_a_signal(mountpoint: Path, how: str) -
     async def story(mounted: fuse.Mount, filesystem: MemoryFilesystem) -> None:
         holder, waiter = await two_lockers(mountpoint / "file", how, filesystem)
         waiter.send_signal(signal.SIGUSR1)
-        assert (await waiter.communicate(b""))[0] == b"EINTR\n"
+        assert (await ended(waiter)) == b"EINTR\n"
         assert mounted.session.statistics().interrupted == 1
-        await holder.communicate(b"")
+        await ended(holder)
 
     serve(mountpoint, story)
 
@@ -133,8 +133,8 @@ def test_a_blocked_lock_is_granted_when_its_holder_dies(mountpoint: Path, how: s
     async def story(mounted: fuse.Mount, filesystem: MemoryFilesystem) -> None:
         holder, waiter = await two_lockers(mountpoint / "file", how, filesystem)
         holder.kill()
-        assert (await waiter.communicate(b""))[0] == b"locked\n"
-        await holder.communicate(b"")
+        assert (await ended(waiter)) == b"locked\n"
+        await ended(holder)
 
     serve(mountpoint, story)
 
@@ -166,7 +166,7 @@ def test_a_handled_signal_does_not_break_stat(mountpoint: Path) -> None:
         client.send_signal(signal.SIGUSR1)
         await until(lambda: mounted.session.statistics().requests.get("INTERRUPT", 0) > 0)
         filesystem.open_gate("lookup")
-        output, _ = await client.communicate()
+        output = await ended(client)
         assert output.split() == [b"handled", b"5"]
         assert mounted.session.statistics().interrupted == 0
 
