@@ -33,6 +33,7 @@ from corral.cman.wire import (
     Propose,
 )
 
+MEMBERS_MAX: Final = 64 * NODES_MAX  # of a united view
 LEFT_MAX: Final = 256  # clean leavers remembered since the newest active view
 
 
@@ -61,12 +62,33 @@ def valid_members(members: tuple[NodeIncarnation, ...]) -> bool:
     return 0 < len(nodes) <= NODES_MAX and nodes == sorted(set(nodes)) and nodes[0] > 0
 
 
+def valid_id(view_id: ViewId) -> bool:
+    return 0 <= view_id.epoch < EPOCH_MAX and view_id.coordinator >= 0
+
+
+def valid_views(views: tuple[View, ...]) -> bool:
+    """Quorate views as a promise tells of them; united ones (state.py) have two lives of a node as members."""
+    return all(view.quorate and valid_id(view.id) and 0 < len(view.members) <= MEMBERS_MAX for view in views)
+
+
+def valid_record(record: QuorumRecord | None) -> bool:
+    return record is None or (
+        0 < len(record.voters) <= NODES_MAX
+        and all(votes >= 0 for _, votes in record.voters)
+        and record.expected > 0
+        and record.lease_ns > 0
+        and valid_id(record.version)
+    )
+
+
 def valid_promise(promise: Promise) -> bool:
     return (
         len(promise.attachment) <= ATTACHMENT_MAX
         and len(promise.accepted) <= ACCEPTED_MAX
         and len(promise.left) <= LEFT_MAX
-        and all(view.id.epoch < EPOCH_MAX for view in promise.accepted)
+        and valid_views(promise.accepted)
+        and valid_id(promise.active)
+        and valid_record(promise.record)
     )
 
 
@@ -79,6 +101,9 @@ def valid_proposal(proposal: Propose) -> bool:
         and all(len(entry.attachment) <= ATTACHMENT_MAX for entry in proposal.carried)
         and len(proposal.accepted) <= ACCEPTED_MAX * NODES_MAX
         and len(proposal.left) <= LEFT_MAX
+        and valid_views(proposal.accepted)
+        and valid_id(proposal.active)
+        and valid_record(proposal.record)
     )
 
 

@@ -55,6 +55,7 @@ from corral.cman.timing import Timing
 from corral.cman.wire import (
     ATTACHMENT_MAX,
     DISPLACING,
+    EPOCH_JUMP_MAX,
     EPOCH_MAX,
     FORGOTTEN,
     OUTDATED,
@@ -240,6 +241,9 @@ class MembershipEngine:
         if self._flags != self.flags:
             self._flags = self.flags
             self._out.emit.append(FlagsChanged(self._flags))
+
+    def _plausible(self, epoch: int) -> bool:
+        return 0 <= epoch < min(EPOCH_MAX, self.state.promised.epoch + EPOCH_JUMP_MAX)
 
     def _willing(self) -> bool:
         return not (self._excluded or self._gone or self._dwelling)
@@ -486,7 +490,7 @@ class MembershipEngine:
                 self._tell(leaver.node, Removed(attempt.id))
 
     def _nacked(self, now: Instant, peer: MemberId, nack: Nack) -> None:
-        if 0 <= nack.promised.epoch < EPOCH_MAX:
+        if self._plausible(nack.promised.epoch):
             self._epoch_seen = max(self._epoch_seen, nack.promised.epoch)
         attempt = self._attempt
         if attempt is None or nack.epoch != attempt.id.epoch:
@@ -529,7 +533,7 @@ class MembershipEngine:
     def _prepared(self, now: Instant, peer: MemberId, prepare: Prepare) -> None:
         members = prepare.members
         proposer = NodeIncarnation(peer.node, peer.incarnation)
-        well_formed = agreement.valid_members(members) and 0 < prepare.epoch < EPOCH_MAX
+        well_formed = agreement.valid_members(members) and prepare.epoch > 0 and self._plausible(prepare.epoch)
         if not well_formed or proposer not in members or peer.node == self.me.node:
             self.dropped += 1
             return
@@ -659,7 +663,7 @@ class MembershipEngine:
         if newest is not None and not (newest.quorate and agreement.valid_members(newest.members)):
             self.dropped += 1
             return
-        if max(status.promised.epoch, newest.id.epoch if newest is not None else 0) >= EPOCH_MAX:
+        if not self._plausible(max(status.promised.epoch, newest.id.epoch if newest is not None else 0)):
             self.dropped += 1
             return
         self._epoch_seen = max(self._epoch_seen, status.promised.epoch)
@@ -675,7 +679,7 @@ class MembershipEngine:
 
     def _reform(self, peer: MemberId, reform: Reform) -> None:
         view = self.view
-        if view is None or self.stopped or not 0 <= reform.promised.epoch < EPOCH_MAX:
+        if view is None or self.stopped or not self._plausible(reform.promised.epoch):
             return
         if view.incarnation_of(peer.node) != peer.incarnation:
             return  # a newcomer; its links say when it may come in

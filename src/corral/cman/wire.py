@@ -26,6 +26,7 @@ DISPLACING: Final = 4  # a newcomer's proposal leaves out a member of a quorate 
 OUTDATED: Final = 5  # a later incarnation of the proposer is known
 
 EPOCH_MAX: Final = 1 << 60  # a larger one is a peer's mistake: at a million views a second it takes 36,000 years
+EPOCH_JUMP_MAX: Final = 1 << 32  # nor does an epoch rise by this much between two meetings
 ATTACHMENT_MAX: Final = 64 << 10
 
 
