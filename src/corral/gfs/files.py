@@ -369,6 +369,10 @@ class Files(Namespace):
         last = extents.last
         if last is not None and last[0] + last[2] > (size + BLOCK - 1) // BLOCK:
             await self.free_content(inode, (size + BLOCK - 1) // BLOCK)  # kept beyond the end by fallocate
+            if inode.extents is None:
+                await self._unstuff(inode)
+            extents = inode.extents
+            assert extents is not None
         block = size // BLOCK
         if size % BLOCK and extents.runs(block, 1)[0][1]:
             cache = self.data_of(inode)
@@ -555,30 +559,41 @@ class Files(Namespace):
             raise OSError(EINVAL, "impossible range")
         inode = self._handle(handle).inode
         end = offset + length
-        at = offset // BLOCK
-        while at * BLOCK < end:
+        at = offset
+        while at < end:
             await self.throttle()
             await self.hold(inode, EX)
             try:
-                if not inode.is_regular:
-                    raise OSError(EINVAL, "not a regular file")
-                if inode.extents is None:
-                    if end <= fmt.PAYLOAD:
-                        break
-                    await self._unstuff(inode)
-                assert inode.extents is not None
-                blocks = min(READ_AHEAD, (end + BLOCK - 1) // BLOCK - at)
-                logical, physical, count, _ = inode.extents.runs(at, blocks)[0]
-                if not physical:
-                    cache = self.data_of(inode)
-                    upto = await self._allocate(inode, cache, logical * BLOCK, (logical + count) * BLOCK)
-                    cache.put(logical * BLOCK, bytes(upto - logical * BLOCK), dirty=True)
-                    count = upto // BLOCK - logical
-                at = logical + count
+                at = await self._reserve(inode, at, end, keep_size=bool(mode & FALLOC_KEEP_SIZE))
             finally:
                 self.drop(inode, EX)
-        if not mode & FALLOC_KEEP_SIZE and end > inode.size:
-            await self._set_size(inode, end)
+
+    async def _reserve(self, inode: Inode, at: int, end: int, *, keep_size: bool) -> int:
+        """One step of fallocate; returns how far it came. The size goes along, so nothing lies behind the end."""
+        if not inode.is_regular:
+            raise OSError(EINVAL, "not a regular file")
+        if inode.extents is None:
+            if end <= fmt.PAYLOAD:
+                if not keep_size and end > inode.size:
+                    inode.size = end
+                    self.touch(inode)
+                return end
+            await self._unstuff(inode)
+        if at > inode.size and not keep_size:
+            await self._zero_tail(inode)
+        assert inode.extents is not None
+        first = at // BLOCK
+        blocks = min(READ_AHEAD, (end - 1) // BLOCK - first + 1)
+        logical, physical, count, _ = inode.extents.runs(first, blocks)[0]
+        upto = (logical + count) * BLOCK
+        if not physical:
+            cache = self.data_of(inode)
+            upto = await self._allocate(inode, cache, logical * BLOCK, upto)
+            cache.put(logical * BLOCK, bytes(upto - logical * BLOCK), dirty=True)
+        if not keep_size and min(upto, end) > inode.size:
+            inode.size = min(upto, end)
+            self.touch(inode)
+        return upto
 
     async def seek(self, ino: int, handle: int, offset: int, whence: int) -> int:
         inode = self._by_handle(ino, handle)
