@@ -35,7 +35,7 @@ from corral.base.engine import TICK, Received
 from corral.base.ids import MemberId
 from corral.base.time import FOREVER, MILLISECOND, SECOND
 from corral.base.view import Round, Slotted
-from corral.dlm.engine import RUNNING, LockspaceEngine
+from corral.dlm.engine import LockspaceEngine
 from corral.dlm.events import (
     Blocked,
     ClientGone,
@@ -48,6 +48,7 @@ from corral.dlm.events import (
     Submit,
 )
 from corral.dlm.modes import COMPATIBLE, QUECVT_LEGAL, is_down, is_middle
+from corral.dlm.operations import RUNNING
 from corral.dlm.wire import CODEC
 
 LEASE = 300 * MILLISECOND

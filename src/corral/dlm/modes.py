@@ -36,6 +36,7 @@ EEXIST: Final = -17
 EINVAL: Final = -22
 EDEADLK: Final = -35
 ENOTEMPTY: Final = -39
+ENOTCONN: Final = -107
 ETIMEDOUT: Final = -110
 
 FLAGS_ALL: Final = 0x7FFFF

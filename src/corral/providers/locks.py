@@ -35,8 +35,7 @@ from corral.base.errors import Busy, Cancelled, ClusterError, Deadlock, LockLost
 from corral.base.ids import NAME_MAX
 from corral.base.time import Seconds, from_seconds
 from corral.base.world import World
-from corral.dlm.engine import ENOTCONN
-from corral.dlm.modes import EAGAIN, EBUSY, EDEADLK, EINVAL, ENOMEM, ETIMEDOUT, VALUE_TRANSFER, WRITE
+from corral.dlm.modes import EAGAIN, EBUSY, EDEADLK, EINVAL, ENOMEM, ENOTCONN, ETIMEDOUT, VALUE_TRANSFER, WRITE
 
 Completed = Callable[[int, Completion], None]
 Blocking = Callable[[int, int], None]
