@@ -10,6 +10,7 @@ The device must not be mounted anywhere. Repairs go straight to their places and
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, final
 
 import msgspec
@@ -23,6 +24,7 @@ from corral.gfs.fsckbitmap import Bitmaps
 from corral.gfs.glock import INODE, Glock
 from corral.gfs.inode import Inode
 from corral.gfs.journal import Ring
+from corral.gfs.lostfound import Orphan, reattach
 from corral.gfs.meta import Meta
 from corral.gfs.recovery import replay_slot
 from corral.gfs.replay import JournalDamaged, clean_header, scan
@@ -30,7 +32,6 @@ from corral.gfs.superblock import Refused, Superblock
 from corral.gfs.superblock import read as read_superblock
 from corral.gfs.system import read_master, read_rindex_entries, ring_of
 
-LOST_FOUND: Final = b"lost+found"
 FINDINGS_MAX: Final = 10_000
 
 
@@ -113,6 +114,7 @@ class Checker:
         self.known: dict[int, Known] = {}
         self.bad: set[int] = set()  # inodes that cannot be read
         self.formals: dict[int, int] = {}
+        self.lost: list[Orphan] = []
 
     # --- findings ----------------------------------------------------------------------------------------------------
 
@@ -150,6 +152,8 @@ class Checker:
         await self._statfs()
         if self.repair:
             await self.device.flush()
+            if self.lost:
+                await reattach(self.world, self.device.disk, self.lost)
         self.note("done", 1, 1)
 
     async def _superblock(self) -> None:
@@ -187,12 +191,12 @@ class Checker:
                 await self._discard_journal(slot, str(error))
 
     async def _discard_journal(self, slot: int, problem: str) -> None:
-        self.found("journal", 0, problem, repaired=self.repair)
-        if not self.repair:
-            return
-        try:
-            ring: Ring = await ring_of(self.device, self.superblock, self.system, slot)
-        except JournalDamaged:
+        """Its committed but unplaced changes are lost; the rest of the check puts right what they leave behind."""
+        ring: Ring | None = None
+        with suppress(JournalDamaged):
+            ring = await ring_of(self.device, self.superblock, self.system, slot)
+        self.found("journal", 0, problem, repaired=self.repair and ring is not None)
+        if not self.repair or ring is None:
             return
         for position in range(ring.blocks):
             await self.device.write(ring.address(position), [fmt.ZERO_BLOCK])
@@ -384,32 +388,40 @@ class Checker:
     # --- what nobody names -------------------------------------------------------------------------------------------
 
     async def _orphans(self) -> None:
+        """UNLINKED ones wait for the next mount. The others get a name in lost+found, whole trees by their top."""
+        orphans: list[int] = []
         for number in self.bitmaps.dinodes():
-            if number in self.known or number in self.bad:
+            if number in self.known:
                 continue
             state = self.bitmaps.recorded(number)
-            known = await self._enter(number, state)
+            known = None if number in self.bad else await self._enter(number, state)
             if known is None:
-                if self.repair:
-                    self.bitmaps.claim_nothing(number)
-                continue
-            inode = known.inode
-            assert inode is not None
-            if state == UNLINKED and inode.nlink == 0:
-                continue  # was open when its node died; the next mount frees it
-            if state == UNLINKED:
-                self.found("unlinked", number, "is UNLINKED but counts names", repaired=self.repair)
-                if self.repair:
-                    inode.nlink = 0
-                    await self.write_meta(inode)
-                continue
-            self.found("orphan", number, f"inode {number} has no name", repaired=self.repair)
+                self.bitmaps.claim_nothing(number)
+            elif state == UNLINKED:
+                await self._unlinked(number, known)
+            else:
+                orphans.append(number)
+        for number in orphans:
+            known = self.known[number]
+            if known.inode is not None and known.is_directory:
+                inode, known.inode = known.inode, None
+                for child in await self._walk_directory(number, known, inode):
+                    if child not in orphans:
+                        orphans.append(child)
+        for number in orphans:
+            known = self.known[number]
+            if known.links == 0:
+                self.found("orphan", number, f"inode {number} has no name", repaired=self.repair)
+                self.lost.append(Orphan(number, 0, known.subdirectories))
+
+    async def _unlinked(self, number: int, known: Known) -> None:
+        inode, known.inode = known.inode, None
+        assert inode is not None
+        if inode.nlink:
+            self.found("unlinked", number, "is UNLINKED but counts names", repaired=self.repair)
             if self.repair:
-                # No name leads to it: as UNLINKED the next mount frees it. Content with names is never touched.
                 inode.nlink = 0
-                known.nlink = 0
                 await self.write_meta(inode)
-                self.bitmaps.relabel(number, UNLINKED)
 
     async def _links(self) -> None:
         for number, known in sorted(self.known.items()):

@@ -74,10 +74,6 @@ class Bitmaps:
         index = self._index(number)
         set_range(self.claimed[index], number - self.starts[index], 1, FREE)
 
-    def relabel(self, number: int, state: int) -> None:
-        index = self._index(number)
-        set_range(self.claimed[index], number - self.starts[index], 1, state)
-
     def recorded(self, number: int) -> int:
         return self.rgrps[self._index(number)].state(number)
 

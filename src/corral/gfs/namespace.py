@@ -33,6 +33,8 @@ S_ISGID: Final = 0o2000
 READ_CLUSTER: Final = 256  # blocks: neighbouring dinodes read at once
 BUSY_MAX: Final = 16  # free blocks tried for a dinode whose glocks are elsewhere, before the group is let go
 BUSY_PAUSE: Final = MILLISECOND
+AHEAD_MIN: Final = 8  # glocks of future dinodes under way or at hand, below which more are asked for
+AHEAD_MAX: Final = 48
 
 
 class BusyInodes(Exception):
@@ -217,9 +219,10 @@ class Namespace(Volume):
             parent.goal_dinode = number
             if mode & S_IFMT == S_IFDIR:
                 parent.nlink += 1
-            self._directory_changed(parent, directory)
+            self.directory_changed(parent, directory)
             self.touch(fresh)
             made = True
+            self._fetch_ahead(space.rgrp, number)
             return fresh
         finally:
             for unused in aside:
@@ -230,6 +233,32 @@ class Namespace(Volume):
                 locks.drop(glock, EX)
             if fresh is not None and fresh.opens and not made:
                 await self.drop_iopen(fresh)
+
+    def _fetch_ahead(self, rgrp: Rgrp, number: int) -> None:
+        """Asks at once for the glocks of the dinodes that will be made next: one by one each costs a round trip."""
+        ahead = self.ahead
+        ahead.discard(number)
+        if self.locks.table.local or len(ahead) >= AHEAD_MIN:
+            return
+        table = self.locks.table
+        wanted = [n for n in rgrp.free_in_cluster(number, AHEAD_MAX) if n not in ahead]
+        holders = []
+        for kind, state in ((INODE, EX), (IOPEN, SH)):
+            for one in wanted:
+                glock = table.get(kind, one)
+                if not table.covers(glock, state):
+                    holders.append((glock, state, self.locks.request(glock, state)))
+        ahead.update(wanted)
+        if holders:
+            self.world.spawn(self._fetched(holders, wanted), "gfs: glocks of the next dinodes")
+
+    async def _fetched(self, holders: list[tuple[Glock, int, Holder]], wanted: list[int]) -> None:
+        self.locks.pump()
+        for glock, state, holder in holders:
+            await holder.future
+            if holder.granted:
+                self.locks.drop(glock, state)
+        self.ahead.difference_update(wanted)
 
     def _fill(self, inode: Inode, parent: Inode, mode: int, caller: Caller, rdev: int, target: bytes) -> None:
         now = self.world.wall_ns()
@@ -259,7 +288,7 @@ class Namespace(Volume):
             inode.payload = bytearray()
         inode.loaded = True
 
-    def _directory_changed(self, inode: Inode, directory: Directory) -> None:
+    def directory_changed(self, inode: Inode, directory: Directory) -> None:
         if directory.area is None:
             if inode.flags & fmt.STUFFED:
                 inode.flags = inode.flags & ~fmt.STUFFED | fmt.EXHASH
@@ -330,7 +359,7 @@ class Namespace(Volume):
             inode.nlink += 1
             inode.ctime_ns = self.world.wall_ns()
             self.touch(inode)
-            self._directory_changed(target, directory)
+            self.directory_changed(target, directory)
         finally:
             space.done()
 
@@ -370,7 +399,7 @@ class Namespace(Volume):
             directory.remove(space, name, hashed)
             if child.is_directory:
                 parent.nlink -= 1
-            self._directory_changed(parent, directory)
+            self.directory_changed(parent, directory)
             self._lost_name(child, space)
         finally:
             space.done()
@@ -505,8 +534,8 @@ class Namespace(Volume):
             target.directory.add(space, new_name, hashed, child.formal, child.number, child.mode >> 12)
             source.directory.remove(space, name, name_hash(name))
             self._moved(child, source, target)
-            self._directory_changed(target, target.directory)
-            self._directory_changed(source, source.directory)
+            self.directory_changed(target, target.directory)
+            self.directory_changed(source, source.directory)
         finally:
             space.done()
 
@@ -526,8 +555,8 @@ class Namespace(Volume):
             if victim.is_directory:
                 target.nlink -= 1
             self._moved(child, source, target)
-            self._directory_changed(target, target.directory)
-            self._directory_changed(source, source.directory)
+            self.directory_changed(target, target.directory)
+            self.directory_changed(source, source.directory)
             self._lost_name(victim, space)
         finally:
             space.done()
@@ -543,8 +572,8 @@ class Namespace(Volume):
             source.directory.replace(space, name, name_hash(name), other.formal, other.number, other.mode >> 12)
             self._moved(child, source, target)
             self._moved(other, target, source)
-            self._directory_changed(target, target.directory)
-            self._directory_changed(source, source.directory)
+            self.directory_changed(target, target.directory)
+            self.directory_changed(source, source.directory)
         finally:
             space.done()
 

@@ -272,6 +272,15 @@ class Rgrp(Meta):
         set_range(self.data_bits, index, 1, USED)
         return self.data0 + index
 
+    def free_in_cluster(self, number: int, most: int) -> list[int]:
+        """Blocks behind `number` in its inode cluster that may become dinodes next."""
+        index = number - self.data0
+        end = (index // fmt.CLUSTER + 1) * fmt.CLUSTER
+        found: list[int] = []
+        while len(found) < most and (index := first_free(self.open_bits, index + 1, end)) >= 0:
+            found.append(self.data0 + index)
+        return found
+
     def _in_cluster(self, cluster: int) -> int:
         if not self.clusters >> cluster & 1:
             return -1
