@@ -331,6 +331,22 @@ def test_answers_wait_for_the_lease() -> None:
     simulate(body)
 
 
+def test_locks_reach_the_filesystem_and_end_with_their_holders() -> None:
+    async def body(mount: Mount) -> None:
+        calls = mount.calls
+        one, other = await calls.open("/f", RDWR), await calls.open("/f", RDWR)
+        await calls.flock(one, 1, wait=True)
+        with pytest.raises(BlockingIOError):
+            await calls.flock(other, 1, wait=False)
+        waiting = asyncio.create_task(calls.flock(other, 1, wait=True))
+        await asyncio.sleep(1)
+        assert not waiting.done()
+        await calls.close(one)
+        await waiting
+
+    on_mount(body)
+
+
 def test_lookups_are_given_back_exactly() -> None:
     async def body(mount: Mount) -> None:
         calls = mount.calls
