@@ -164,6 +164,27 @@ def test_append_ignores_the_kernels_stale_size(mountpoint: Path) -> None:
     serve(mountpoint, story, attr_valid_ns=MINUTE, entry_valid_ns=MINUTE)
 
 
+def test_a_notification_waits_for_the_read_it_would_deadlock_with_and_delays_no_other(mountpoint: Path) -> None:
+    """Why no handler may await such a notification before it has answered (notify.py)."""
+
+    async def story(mounted: fuse.Mount, filesystem: MemoryFilesystem) -> None:
+        notifier = mounted.session.notifier
+        for name in ("one", "two"):
+            await call((mountpoint / name).write_bytes, b"x" * PAGE)
+        filesystem.gate("read")
+        reading = asyncio.ensure_future(call((mountpoint / "one").read_bytes))
+        await filesystem.arrived["read"].wait()
+        stuck = asyncio.ensure_future(notifier.invalidate_inode(filesystem.at("one").ino))
+        for _ in range(50):
+            await notifier.invalidate_inode(filesystem.at("two").ino)
+        assert not stuck.done()
+        filesystem.open_gate("read")
+        assert await reading == b"x" * PAGE
+        await stuck
+
+    serve(mountpoint, story)
+
+
 def test_withdrawal_leaves_no_old_page_to_open_descriptors(mountpoint: Path) -> None:
     async def story(mounted: fuse.Mount, filesystem: MemoryFilesystem) -> None:
         filesystem.keep = True

@@ -192,7 +192,8 @@ class Session:
 
     def thaw(self) -> None:
         """`may_reply` says yes again: answer now instead of at the next look."""
-        self._release_held()
+        if self._held and self._serving:
+            self._release_held()
 
     def statistics(self) -> Statistics:
         return Statistics(
