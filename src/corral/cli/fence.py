@@ -47,6 +47,19 @@ def status(socket: str, as_json: bool) -> None:
 
 
 @fence.command()
+@json_option
+@click.pass_obj
+def check(socket: str, as_json: bool) -> None:
+    """Every node's fence methods, after asking the agents' programs whether they know what they are given."""
+    answer = asyncio.run(ask(socket, "fence.check"))
+    if as_json:
+        print_json(answer)
+        return
+    rows = [(m["node"], m["method"], m["action"], ", ".join(m["devices"]), m["proof"]) for m in answer]
+    print_table("", ("node", "method", "action", "devices", "proof"), rows)
+
+
+@fence.command()
 @click.argument("node", type=int)
 @click.option("--reason", default="", help="How you know, kept in the history.")
 @click.pass_obj

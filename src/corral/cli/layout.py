@@ -23,6 +23,7 @@ from corral.cman.timing import Timing
 from corral.cman.wire import RECORDS
 from corral.node.config import NODES_MAX, ClusterConfig, NodeConfig, load, write
 from corral.real import pki
+from corral.real.process import machine_id
 from corral.real.world import RealWorld
 
 PORTS: Final = range(20000, 30000)  # below Linux's ephemeral ports, so that nobody is given one by chance
@@ -128,7 +129,7 @@ def make(layout: Layout, nodes: int, *, name: str = "local", detect: Seconds = 0
         from_seconds(detect),
         from_seconds(5 * detect),
         entries,
-        process_fencing(range(1, nodes + 1)),
+        process_fencing(range(1, nodes + 1), machine=machine_id()),
     )
     pki.create_authority(layout.pki, name)
     timing = Timing(config.detect_ns, config.recover_ns)

@@ -19,6 +19,7 @@ from corral.base.errors import ClusterError, ConfigurationError
 from corral.node.config import ClusterConfig, load
 from corral.node.node import Ended, Node, Paths
 from corral.real import pki
+from corral.real.process import machine_id
 from corral.real.run import Stopped, run
 from corral.real.world import RealWorld
 
@@ -63,7 +64,16 @@ async def serve(
 ) -> Ended:
     """Lives incarnation after incarnation, until one ends for good."""
     while True:
-        node = Node(world, config, node_id, paths, uid=os.getuid(), log=log.info)
+        node = Node(
+            world,
+            config,
+            node_id,
+            paths,
+            uid=os.getuid(),
+            log=log.info,
+            machine_id=machine_id(),
+            loop_statistics=lambda: world.pulse.statistics()._asdict() if world.pulse is not None else {},
+        )
         try:
             ended = await _live(node, lock_service)
         finally:

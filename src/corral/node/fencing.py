@@ -7,6 +7,7 @@ from corral.api.fence import (
     ANY_INCARNATION,
     KILLED,
     POWERED,
+    PROOF_NAMES,
     FenceConfig,
     FenceDeferred,
     FenceFailed,
@@ -56,6 +57,7 @@ class Fencing:
         identities: Callable[[NodeIncarnation], list[ProcessId] | None],
         done: Callable[[int], None],
         cut_off: Callable[[NodeIncarnation, bool], None],
+        machine_id: str = "",
     ) -> None:
         self._world = world
         self._me = me
@@ -73,7 +75,10 @@ class Fencing:
             transmit=lambda peer, message: transmit(peer, PORT_FENCE, CODEC.encode(message)),
             emit=self._emitted,
         )
-        self._agents = FenceAgents(world, config, self._driver.feed, identities=identities, wanted=self._is_wanted)
+        self._config = config
+        self._agents = FenceAgents(
+            world, config, self._driver.feed, identities=identities, machine_id=machine_id, wanted=self._is_wanted
+        )
 
     def start(self, event: Start) -> None:
         self._driver.feed(event)
@@ -96,6 +101,21 @@ class Fencing:
 
     def status(self) -> FenceStatus:
         return self.engine.status(self._world.now())
+
+    async def check(self) -> list[dict[str, Any]]:
+        """Every way to fence every node, after asking the agents' programs for what they need. Raises ClusterError."""
+        await self._agents.registry.check()
+        return [
+            {
+                "node": node,
+                "method": method.name,
+                "action": method.action,
+                "devices": [use.device for group in method.groups for use in group],
+                "proof": PROOF_NAMES[self._config.proof_of(method)],
+            }
+            for node in sorted(self._config.nodes)
+            for method in self._config.nodes[node].methods
+        ]
 
     def acknowledge(self, node: NodeId, operator: str) -> None:
         """Raises ClusterError when nobody waits for that node to be fenced."""

@@ -90,6 +90,9 @@ LaunchLockService = Callable[[], Coroutine[Any, Any, None]]
 
 @final
 class Node:
+    """`machine_id`: which machine this is, for agents that reach only their own. `loop_statistics`: how punctual the
+    loop that runs this node has been, which only its world can know."""
+
     def __init__(
         self,
         world: World,
@@ -99,6 +102,8 @@ class Node:
         *,
         uid: int,
         log: Callable[[str], None],
+        machine_id: str = "",
+        loop_statistics: Callable[[], dict[str, int]] | None = None,
     ) -> None:
         self.world: Final = world
         self.config: Final = config
@@ -117,6 +122,8 @@ class Node:
         self.view: View | None = None
         self.active = False
         self.lapses = 0
+        self.loop_statistics: Final = loop_statistics or dict
+        self._machine_id = machine_id
         self._uid = uid
         self._closing = False
         self._listener: Listener | None = None
@@ -174,6 +181,7 @@ class Node:
             identities=self._identities,
             done=self._fence_done,
             cut_off=self._cut_off,
+            machine_id=self._machine_id,
         )
         self.warden = Warden(
             world,

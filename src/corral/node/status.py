@@ -1,5 +1,6 @@
 """Answers to what people ask corrald: plain dictionaries, so that every door prints the same (docs/format/ipc.md)."""
 
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final, final
 
 import msgspec
@@ -22,6 +23,7 @@ class Answers:
             "cman.status": self._cman,
             "fence.status": self._fence,
             "fence.ack": self._fence_ack,
+            "fence.check": self._fence_check,
             "groups": self._groups,
             "history": self._history,
             "leave": self._leave,
@@ -35,7 +37,8 @@ class Answers:
         answer = self._table.get(what)
         if answer is None:
             raise ClusterError(f"corrald does not know {what!r}; use the same version of both")
-        return answer(arguments)
+        found = answer(arguments)
+        return await found if isinstance(found, Coroutine) else found
 
     def _cman(self, _arguments: Arguments) -> Any:
         node = self._node
@@ -118,6 +121,9 @@ class Answers:
         self._node.fencing.acknowledge(victim, operator or "acknowledged")
         return None
 
+    def _fence_check(self, _arguments: Arguments) -> Any:
+        return self._node.fencing.check()
+
     def _groups(self, _arguments: Arguments) -> Any:
         lift = self._node.lift
         return [
@@ -177,6 +183,7 @@ class Answers:
         return {
             "comm": msgspec.to_builtins(node.comm.statistics()),
             "lapses": node.lapses,
+            "loop": node.loop_statistics(),
             "evictions": node.warden.evictions,
             "callers_refused": node.door.refused,
             "dropped": {

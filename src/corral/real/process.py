@@ -30,6 +30,14 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+def machine_id() -> str:
+    """Which machine this is, also after a reboot; "" where nothing says."""
+    try:
+        return Path("/etc/machine-id").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
 def start_time(pid: int) -> int | None:
     """Clock ticks since boot at which the process started; None when the pid is free."""
     try:
