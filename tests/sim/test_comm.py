@@ -1,7 +1,11 @@
 """Comm's simulation: fresh engines hold, a seed replays, and every planted bug is caught within 50 seeds."""
 
 import inspect
+import os
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -102,3 +106,19 @@ def violation(seed: int) -> str:
     except AssertionError as error:
         return str(error)
     return ""
+
+
+def test_the_trace_does_not_depend_on_the_hash_seed() -> None:
+    program = "from tests.sim.comm_sessions import run; print(run(4), run(5))"
+    traces = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(traces) == 1

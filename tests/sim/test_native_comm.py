@@ -281,6 +281,19 @@ def test_close_tells_the_peers_and_nothing_is_heard_after_it() -> None:
     two(body)
 
 
+def test_close_from_within_a_callback_says_goodbye_properly() -> None:
+    async def body(_: Simulation, one: Member, other: Member) -> None:
+        one.comm.watch(lambda change: one.comm.close())
+        await one.call(lambda: one.comm.end_session(other.me, "for a test"))
+        await asyncio.sleep(2)
+        assert [type(event).__name__ for event in one.told] == ["PeerUp", "PeerDown"]
+        assert [type(event).__name__ for event in other.told] == ["PeerUp", "PeerDown"]
+        await asyncio.sleep(2)
+        assert not any(peer.connected for peer in other.comm.statistics().peers)
+
+    two(body)
+
+
 def test_participants_meet_by_announcement() -> None:
     async def whole(sim: Simulation) -> None:
         a = Member(sim.machines["n1"].start("mount", idle), 1, serial=4, ticket=b"A")

@@ -312,7 +312,9 @@ class CommEngine:
             guest = self._guests[connection]
             if now >= guest.deadline:
                 del self._guests[connection]
-                self._shared.counters.reject("no hello in time", guest.node, f"within {limits.handshake_ns} ns")
+                self._shared.counters.reject(
+                    "no hello in time", guest.node, f"within {limits.handshake_ns // 1_000_000} ms"
+                )
                 self.out.append(Shut(connection))
         deadline = min((guest.deadline for guest in self._guests.values()), default=FOREVER)
         for session in self._sessions():

@@ -700,7 +700,9 @@ class SessionEngine:
             self._attempt_at = FOREVER
             self._retry(now)
         if now >= self._greeting_at:
-            self._shared.counters.reject("hello unanswered", self.peer.node, f"for {limits.handshake_ns} ns")
+            self._shared.counters.reject(
+                "hello unanswered", self.peer.node, f"for {limits.handshake_ns // 1_000_000} ms"
+            )
             self._drop_greeting()
             self._retry(now)
         if now >= self._lost_at:

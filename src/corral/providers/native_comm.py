@@ -330,13 +330,12 @@ class NativeComm:
             self._timer = self._world.call_at(deadline, self._tick)
 
     def _drain(self) -> None:
-        """Does what the engine decided, in order; callbacks may make it decide more."""
+        """Does what the engine decided, in order; callbacks may make it decide more, or close all this."""
         out = self._engine.out
-        done = 0
-        try:
-            while done < len(out):
-                action = out[done]
-                done += 1
+        while out:
+            actions = out[:]
+            out.clear()
+            for action in actions:
                 if isinstance(action, Deliver):
                     if not self._closed:
                         self._hand_over(action.port, action.peer, action.round_id, action.payloads)
@@ -347,8 +346,6 @@ class NativeComm:
                         connection.send(messages)
                 else:
                     self._do(action)
-        finally:
-            del out[:done]
 
     def _hand_over(self, port: int, peer: MemberId, round_id: int, payloads: list[bytes]) -> None:
         deliver = self._ports.get(port)
