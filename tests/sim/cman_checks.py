@@ -8,6 +8,8 @@ CMAN-5  an incarnation left out of an installed quorate view is in no later one
 CMAN-9  a member without memory is not needed for the quorum of any view
 CMAN-10 at every instant the processes that serve are all in one active view
 CMAN-11 after the faults end, one quorate, active view of all nodes serves within a bound
+CMAN-12 what Installed says is the same on every member
+CMAN-13 every view that was ever active is known to each later installed quorate view
 """
 
 from __future__ import annotations
@@ -65,8 +67,20 @@ class Checks:
         missing = set(view.members) - self.accepted_on_disk.get(view.id, set())
         if missing:
             raise Violation(f"CMAN-2: node {node.node} installed {view}, not accepted by {sorted(missing)}")
+        said = self.said.setdefault(view.id, event)
+        if said != event:
+            raise Violation(f"CMAN-12: node {node.node} was told {event}, another {said}")
         if view.quorate:
             self.installed_quorate[view.id.epoch] = view
+            self.check_history(event)
+
+    def check_history(self, event: Installed) -> None:
+        """What must be fenced is counted from the newest active view: none may be missed."""
+        for active in self.active_views.values():
+            if event.active < active.id < event.view.id and active not in event.accepted:
+                united = {member for view in event.accepted for member in view.members}
+                if not united.issuperset(active.members):
+                    raise Violation(f"CMAN-13: {event.view} does not know that {active} was active")
 
     def check_serving(self, node: Node) -> None:
         mine = node.serving()

@@ -291,6 +291,7 @@ class Node:
             return
         self.cluster.note(self.node, Active(view.id))
         self.cluster.count("active views")
+        self.cluster.active_views[view.id] = view
         for member in view.members:
             other = self.cluster.nodes[member.node]
             if other.incarnation == member.incarnation:
@@ -334,6 +335,8 @@ class Cluster(Faults, Checks):
         self.quorate_epochs: dict[int, View] = {}
         self.promised_with_memory: dict[ViewId, set[NodeId]] = {}
         self.accepted_on_disk: dict[ViewId, set[NodeIncarnation]] = {}
+        self.said: dict[ViewId, Installed] = {}
+        self.active_views: dict[ViewId, View] = {}
         self.installed_quorate: dict[int, View] = {}
         self.ambush: type | None = None
         self.kinds = self.rng.sample(FAULTS, self.rng.randint(1, len(FAULTS)))

@@ -6,6 +6,8 @@ A plant is a function that patches and is undone by pytest's monkeypatch; `test_
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import msgspec
+
 from corral.base.ids import NO_VIEW
 from corral.cman import agreement, wire
 from corral.cman.heartbeat import HeartbeatEngine, Link
@@ -118,6 +120,31 @@ def count_the_forgetful(patch: Patch) -> None:
     patch(agreement, "voters", voters)
 
 
+def forget_the_active_view(patch: Patch) -> None:
+    """A promise tells of the newest accepted view only."""
+    right = MembershipEngine._own_promise
+
+    def own_promise(self: MembershipEngine, epoch: int) -> wire.Promise:
+        promise = right(self, epoch)
+        return msgspec.structs.replace(promise, accepted=promise.accepted[-1:], active=NO_VIEW)
+
+    patch(MembershipEngine, "_own_promise", own_promise)
+
+
+def mix_attachments(patch: Patch) -> None:
+    """A member installs with its own attachment of now instead of the one everybody was told."""
+    right = MembershipEngine._install
+
+    def install(self: MembershipEngine, now: int, proposal: wire.Propose) -> None:
+        carried = tuple(
+            wire.Carried(entry.member, entry.flags, b"now") if entry.member == self.me else entry
+            for entry in proposal.carried
+        )
+        right(self, now, msgspec.structs.replace(proposal, carried=carried))
+
+    patch(MembershipEngine, "_install", install)
+
+
 def never_retry(patch: Patch) -> None:
     """A coordinator whose attempt failed waits for somebody else."""
     right = MembershipEngine._abandon
@@ -150,4 +177,6 @@ PLANTS = (
     Plant(readmit_the_lost, "CMAN-5"),
     Plant(count_the_forgetful, "CMAN-9", ("fault_state_loss", "fault_partition", "fault_crash")),
     Plant(never_retry, "CMAN-11"),
+    Plant(mix_attachments, "CMAN-12"),
+    Plant(forget_the_active_view, "CMAN-13", ("fault_crash", "fault_partition", "fault_ambush")),
 )
