@@ -167,6 +167,7 @@ class Operations:
             return
         resource.looking = [lock]
         lock.sent = True
+        lock.asked = None
         space.send.append((node, self._request(lock, True)))
 
     def _request(self, lock: Lock, lookup: bool) -> Request:
@@ -183,6 +184,7 @@ class Operations:
 
     def _ask(self, lock: Lock, master: MemberId) -> None:
         lock.sent = True
+        lock.asked = master
         send = self.space.send
         if lock.pending == REQUEST:
             send.append((master, self._request(lock, False)))
@@ -314,8 +316,8 @@ class Operations:
             self._apply(now, effects)
         elif not lock.sent or (self._running(now) and lock.resource.complete):
             self._undo(now, lock)
-        elif self._running(now) and lock.resource.looking is None and lock.resource.master is not None:
-            self.space.send.append((lock.resource.master, Cancel(lock.id, lock.operation)))
+        elif self._running(now) and lock.asked in self.space.members:
+            self.space.send.append((lock.asked, Cancel(lock.id, lock.operation)))  # while looked up: with the answer
 
     def _undo(self, now: Instant, lock: Lock) -> None:
         """Takes back an operation that no master has seen."""
@@ -362,8 +364,8 @@ class Operations:
     def _mine(self, peer: MemberId, lock_id: int) -> Lock | None:
         """The local lock a master speaks about, if that master is the one we think."""
         lock = self.space.find(lock_id)
-        if lock is not None and not lock.resource.complete and lock.resource.master == peer:
-            return lock
+        if lock is not None and not lock.resource.complete and peer in (lock.resource.master, lock.asked):
+            return lock  # (the one asked has become master meanwhile, though it told another lock that it was not)
         self.space.counters.stale += 1
         return None
 

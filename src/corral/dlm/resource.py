@@ -74,6 +74,7 @@ class Lock:
     __slots__ = (
         "abandoned",
         "answer",
+        "asked",
         "blocked",
         "cookie",
         "current",
@@ -121,6 +122,7 @@ class Lock:
         self.overlap = 0
         self.offered: bytes | None = None  # the value that came with the pending operation
         self.sent = False  # the pending operation went to a master, so its outcome may be ahead of what we know
+        self.asked: MemberId | None = None  # the master that was asked last
         self.then: tuple[int, bytes | None, int] | None = None  # flags, value, cookie of the unlock that follows
         self.abandoned = False
         self.blocked = NL
