@@ -97,7 +97,7 @@ class Pending:
 class Transaction:
     """What operations did since the last snapshot. `frees`: called once it is durable, to make freed blocks usable."""
 
-    __slots__ = ("forgotten", "frees", "metas", "number", "revokes", "tombstones")
+    __slots__ = ("ended", "forgotten", "frees", "metas", "number", "revokes", "tombstones")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -105,6 +105,7 @@ class Transaction:
         self.revokes: set[int] = set()
         self.forgotten: list[int] = []
         self.tombstones: list[int] = []
+        self.ended: list[int] = []
         self.frees: list[Callable[[], None]] = []
 
     def __bool__(self) -> bool:
@@ -155,6 +156,7 @@ class Journal:
         self.counts = {"commits": 0, "commit_blocks": 0, "checkpoints": 0, "handovers": 0, "revokes": 0}
         self.broken: OSError | None = None
         self.in_flight: dict[int, bytes] = {}  # images of the commit being written
+        self.ended: set[int] = set()  # dinodes freed by a transaction that is not durable yet
         self._write_data = write_data
         self._failed = failed
         self._jobs: list[Job] = []
@@ -179,11 +181,15 @@ class Journal:
             self.running.revokes.add(number)
             self.running.forgotten.append(number)
 
-    def bury(self, number: int) -> None:
-        """A freed dinode: zeros go to its place before the block is used again, so that another node's stale reference
-        finds no file there. The revoke tells a replay to do the same."""
-        self.running.revokes.add(number)
-        self.running.tombstones.append(number)
+    def bury(self, number: int, *, everywhere: bool) -> None:
+        """A freed dinode: nobody here finds a file in it from now on, although its last image is still about.
+        `everywhere`: zeros go to its place before the block is used again, so that another node's stale reference
+        finds none either. The revoke tells a replay to do the same."""
+        self.ended.add(number)
+        self.running.ended.append(number)
+        if everywhere:
+            self.running.revokes.add(number)
+            self.running.tombstones.append(number)
 
     def when_durable(self, call: Callable[[], None]) -> None:
         self.running.frees.append(call)
@@ -195,6 +201,8 @@ class Journal:
 
     def newest_image(self, number: int) -> bytes | None:
         """Of a block whose object may have left memory: what is on its way to its place."""
+        if number in self.ended:
+            return fmt.ZERO_BLOCK
         image = self.in_flight.get(number)
         if image is None:
             entry = self.pending.get(number)
@@ -291,6 +299,7 @@ class Journal:
                 entry.commit.pins -= 1
         if transaction.tombstones:
             await self.device.write_runs((number, fmt.ZERO_BLOCK) for number in sorted(transaction.tombstones))
+        self.ended.difference_update(transaction.ended)
         for call in transaction.frees:
             call()  # GFS-5
         self.durable = transaction.number

@@ -749,8 +749,7 @@ class Namespace(Volume):
             number = inode.number
             rgrp.free_dinode(number)
             self.journal.free(number, inode)
-            if not self.locks.table.local:
-                self.journal.bury(number)
+            self.journal.bury(number, everywhere=not self.locks.table.local)
             self.journal.add(rgrp)
             self.journal.when_durable(lambda: rgrp.reopen(number, 1))
             self.count_blocks(1, 0)
