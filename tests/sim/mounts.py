@@ -31,6 +31,7 @@ from corral.sim.syscalls import OpenFile, Syscalls
 from tests.sim.files import COUNTERS, DEVICE, SIZE, Acknowledged, FileCluster, final_check, prepare
 from tests.sim.nodes import DETECT, PATHS, Violation, survivable
 
+FORMING_SECONDS = 8
 FAULT_SECONDS = 60
 QUIET_SECONDS = 40
 GONE = (errno.ENOTCONN, errno.EIO)  # the mount has ended: so does the application
@@ -212,13 +213,13 @@ class Application:
         self.done()
 
 
-async def shared(sim: Simulation, *, faults: bool = True) -> dict[str, int]:
+async def shared(sim: Simulation, *, faults: bool = True, quiet_seconds: int = QUIET_SECONDS) -> dict[str, int]:
     sim.disk(DEVICE, SIZE)
     await prepare(sim, sim.machine(99, hosts=("outside",)).attach("administrator").world)
     cluster = MountCluster(sim, 3)
-    await cluster.keep_running(20 * SECOND)
+    await cluster.keep_running(FORMING_SECONDS * SECOND)
     if not cluster.settled():
-        raise Violation("SIM-4 the cluster did not form in 20 s")
+        raise Violation("SIM-4 the cluster did not form in time")
     plan = []
     if faults:
         scope = Scope(tuple(f"n{n}" for n in cluster.numbers), ("corrald", "worker"))
@@ -226,7 +227,7 @@ async def shared(sim: Simulation, *, faults: bool = True) -> dict[str, int]:
         hurting = sim.loop.create_task(inject(sim, plan))
         await cluster.keep_running(sim.now + FAULT_SECONDS * SECOND)
         await hurting
-    await cluster.keep_running(sim.now + QUIET_SECONDS * SECOND)
+    await cluster.keep_running(sim.now + quiet_seconds * SECOND)
     late = [n for n in cluster.numbers if sim.now - cluster.oracle.last_act.get(n, 0) > 15 * SECOND]
     if late or not cluster.settled():
         views = {n: str(node.view) for n, node in sorted(cluster.oracle.nodes.items())}
@@ -240,4 +241,4 @@ async def shared(sim: Simulation, *, faults: bool = True) -> dict[str, int]:
 
 
 async def calm(sim: Simulation) -> dict[str, int]:
-    return await shared(sim, faults=False)
+    return await shared(sim, faults=False, quiet_seconds=8)

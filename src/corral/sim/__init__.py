@@ -8,6 +8,7 @@
                |- network, links        connections, datagrams, partitions; Unix sockets (local)
                |- disks (disk)          shared devices with volatile caches; state directories (store)
                `- trace                 what happened, and one number for all of it
+    kernel, syscalls                    the kernel's FUSE client over an `api.gfs.Filesystem`, and its system calls
 
 What keeps a run deterministic: no set is iterated, no hash() or id() decides, every part draws from its own stream of
 the seed, cyclic garbage is collected at fixed steps, and the trace is compared between runs and between hash seeds.
