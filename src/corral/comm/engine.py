@@ -19,7 +19,8 @@ from corral.base.ids import MemberId, NodeId
 from corral.base.time import FOREVER, Instant
 from corral.comm import seal, wire
 from corral.comm.actions import Action, Counters, Limits, Shut, Write
-from corral.comm.session import Identity, SessionEngine, Shared
+from corral.comm.handshake import Identity
+from corral.comm.session import SessionEngine, Shared
 from corral.comm.wire import Hello, Refuse
 from corral.wire import frame
 from corral.wire.frame import HELLO, REFUSE, VERSION

@@ -32,7 +32,7 @@ Numbers are authenticated by TLS, so a number out of order is a bug or an enemy 
 """
 
 import hmac
-from typing import Final, NamedTuple, final
+from typing import Final, final
 
 from corral.api.comm import PeerDown, PeerUp
 from corral.base.errors import Busy, PeerError
@@ -40,6 +40,7 @@ from corral.base.ids import MemberId
 from corral.base.time import FOREVER, Instant
 from corral.comm import wire
 from corral.comm.actions import Abandon, Action, Connect, Counters, Deliver, Limits, Shut, Write
+from corral.comm.handshake import Identity, check_welcome, hello_from, printable, welcome_from
 from corral.comm.seal import Opener, Sealer, derive
 from corral.comm.wire import Close, Hello, Refuse, Welcome
 from corral.wire import frame
@@ -50,15 +51,6 @@ _HEADER_SIZE: Final = HEADER.size
 _PACK: Final = HEADER.pack
 _UNPACK: Final = HEADER.unpack_from
 COMPACT: Final = 1024  # acknowledged entries kept at the head of the queue before the list is cut
-
-
-class Identity(NamedTuple):
-    """Who this process is, and of which cluster."""
-
-    cluster: str
-    uuid: bytes
-    me: MemberId
-    ticket: bytes
 
 
 @final
@@ -322,7 +314,7 @@ class SessionEngine:
                 return "an ACK with a body"
             return "" if self._acknowledged(other.ack) else f"ACK of {other.ack} of {self._sent}"
         if isinstance(body, Close):
-            self._end(now, f"the peer ended the session: {_printable(body.reason)}", say=None)
+            self._end(now, f"the peer ended the session: {printable(body.reason)}", say=None)
             return ""
         return f"frame kind {other.kind} on an open connection"
 
@@ -422,7 +414,6 @@ class SessionEngine:
             return False
         self._attempt = 0
         self._attempt_at = FOREVER
-        identity = self._shared.identity
         self._greeting = connection
         self._greeting_at = now + self._shared.limits.handshake_ns
         self._half = half
@@ -430,22 +421,9 @@ class SessionEngine:
         if self.caller:
             self._seen_attempt = attempt
         peer = self.peer
-        hello = Hello(
-            identity.cluster,
-            identity.uuid,
-            identity.me,
-            peer if self.alive or peer.serial else peer._replace(incarnation=0),
-            identity.ticket,
-            self._seen_attempt,
-            self.session if self.alive else 0,
-            self._received,
-            VERSION,
-            VERSION,
-            wire.COMPATIBLE,
-            wire.READ_ONLY_COMPATIBLE,
-            wire.INCOMPATIBLE,
-            half,
-        )
+        target = peer if self.alive or peer.serial else peer._replace(incarnation=0)
+        resume = self.session if self.alive else 0
+        hello = hello_from(self._shared.identity, target, self._seen_attempt, resume, self._received, half)
         self._shared.out.append(Write(connection, [wire.control(HELLO, 0, 0, hello)]))
         return True
 
@@ -493,7 +471,13 @@ class SessionEngine:
             if isinstance(body, Welcome):
                 if not self.caller:
                     raise PeerError("WELCOME to a summons")
-                self._check_welcome(body, first.session)
+                session = self.session if self.alive else self._seen_attempt
+                if first.session != session:
+                    raise PeerError(f"WELCOME to session {first.session} in answer to {session}")
+                known = self.peer if self.alive or self.peer.serial else self.peer._replace(incarnation=0)
+                check_welcome(self._shared.identity, known, self._ticket, self._seen_attempt, session, body)
+                if not self.alive and body.received:
+                    raise PeerError("WELCOME to a new session that has received already")
         except PeerError as error:
             self._shared.counters.reject("wrong answer to a hello", self.peer.node, str(error))
             self._drop_greeting()
@@ -526,28 +510,6 @@ class SessionEngine:
         if len(messages) > 1:
             self.receive(now, messages[1:])
 
-    def _check_welcome(self, body: Welcome, session: int) -> None:
-        """Raises PeerError unless it answers this hello, from this peer of this cluster."""
-        identity = self._shared.identity
-        peer = self.peer
-        if (body.cluster, body.uuid) != (identity.cluster, identity.uuid):
-            raise PeerError(f"WELCOME of cluster {_printable(body.cluster)}")
-        if (body.me.node, body.me.serial) != (peer.node, peer.serial):
-            raise PeerError(f"WELCOME of member {body.me} instead of {peer}")
-        if peer.serial and body.me != peer:
-            raise PeerError(f"WELCOME of incarnation {body.me.incarnation} instead of {peer.incarnation}")
-        if not hmac.compare_digest(body.ticket, self._ticket):
-            raise PeerError("WELCOME with a wrong ticket")
-        if body.version != VERSION or body.incompatible & ~wire.INCOMPATIBLE:
-            raise PeerError(f"WELCOME in version {body.version}, features {body.incompatible:#x}")
-        expected = self.session if self.alive else self._seen_attempt
-        if body.session != expected or session != expected or body.attempt != self._seen_attempt:
-            raise PeerError(f"WELCOME to session {body.session}, attempt {body.attempt}; asked for {expected}")
-        if not self.alive and body.received:
-            raise PeerError("WELCOME to a new session that has received already")
-        if self.alive and body.me.incarnation > peer.incarnation:
-            raise PeerError("another incarnation resumes a session")
-
     def _refused(self, now: Instant, body: Refuse) -> None:
         """REFUSE: is the session over, and is anybody of that name still there?"""
         text = wire.REFUSALS.get(body.code, f"code {body.code}")
@@ -557,7 +519,7 @@ class SessionEngine:
         self._greeting_at = FOREVER
         summons_heard = body.code == wire.REFUSE_SIDE and not self.caller
         if not summons_heard and body.code not in (wire.REFUSE_WAIT, wire.REFUSE_SESSION, wire.REFUSE_TARGET):
-            self._shared.counters.reject(f"hello refused: {text}", peer.node, _printable(body.reason))
+            self._shared.counters.reject(f"hello refused: {text}", peer.node, printable(body.reason))
         same_place = (body.me.node, body.me.serial) == (peer.node, peer.serial)
         if same_place and not peer.serial and body.me.incarnation > peer.incarnation:
             self._learn(now, body.me)
@@ -628,20 +590,7 @@ class SessionEngine:
             assert hello.attempt > self.session, "COMM-2"
             self.session = hello.attempt
         identity = self._shared.identity
-        welcome = Welcome(
-            identity.cluster,
-            identity.uuid,
-            identity.me,
-            identity.ticket,
-            hello.attempt,
-            self.session,
-            self._received,
-            VERSION,
-            wire.COMPATIBLE,
-            wire.READ_ONLY_COMPATIBLE,
-            wire.INCOMPATIBLE,
-            half,
-        )
+        welcome = welcome_from(identity, hello.attempt, self.session, self._received, half)
         self._shared.out.append(Write(connection, [wire.control(WELCOME, self.session, self._received, welcome)]))
         self._take(now, connection, hello.key_half, half)
         if hello.resume:
@@ -729,8 +678,3 @@ class SessionEngine:
             return
         self._age_marks = (last, self._sent)
         self._age_at = now + self._shared.limits.stall_ns // 2
-
-
-def _printable(text: str) -> str:
-    """A peer's words, fit for one line of a log."""
-    return "".join(c if c.isprintable() else "?" for c in text[: wire.REASON_MAX])

@@ -20,8 +20,9 @@ from corral.base.time import FOREVER
 from corral.base.world import Buffer, Connection, DatagramSocket, Listener, Timer, World
 from corral.comm.actions import Abandon, Action, Connect, Deliver, Limits, Rejected, Shut, Write
 from corral.comm.engine import CommEngine, Statistics
+from corral.comm.handshake import Identity
 from corral.comm.seal import PAYLOAD_MAX
-from corral.comm.session import Identity, SessionEngine
+from corral.comm.session import SessionEngine
 from corral.comm.wire import KEY_HALF
 from corral.wire.frame import PORT_MAX
 

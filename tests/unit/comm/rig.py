@@ -15,7 +15,7 @@ from corral.base.time import FOREVER, MILLISECOND
 from corral.comm import wire
 from corral.comm.actions import Abandon, Connect, Deliver, Limits, Rejected, Shut, Write
 from corral.comm.engine import CommEngine
-from corral.comm.session import Identity
+from corral.comm.handshake import Identity
 from corral.wire.frame import HELLO, parse
 
 CLUSTER = "testers"
