@@ -71,13 +71,6 @@ class FastBackend(Backend, Protocol):
     def submit_now(self, request: Request, blocking: Blocking | None) -> tuple[int, Completion] | None: ...
 
 
-def lock_name(resource: bytes | str) -> bytes:
-    name = resource.encode() if isinstance(resource, str) else resource
-    if not 0 < len(name) <= NAME_MAX:
-        raise ValueError(f"a lock name is 1 to {NAME_MAX} bytes, not {len(name)}")
-    return name
-
-
 def failure(completion: Completion, what: str) -> BaseException:
     """The error that says what this status means."""
     status = completion.status
@@ -216,21 +209,27 @@ class PendingLock:
         return self._acquire().__await__()
 
     async def _acquire(self) -> HeldLock:
+        return self._retake() or await self._ask()
+
+    def _retake(self) -> HeldLock | None:
+        """A kept lock, without a message."""
         if self._used:
             raise ValueError("lock() was awaited already; call it again for another lock")
         self._used = True
-        space = self._space
-        if self._keep:
-            kept = space.retake(self._resource, self._mode)
-            if kept is not None:
-                kept._on_block = self._on_block
-                return kept
-        held = HeldLock(space, self._resource, self._keep, self._on_block)
-        await space.acquire(held, self._mode, self._flags, _timeout_ns(self._timeout))
+        if not self._keep:
+            return None
+        kept = self._space.retake(self._resource, self._mode)
+        if kept is not None:
+            kept._on_block = self._on_block
+        return kept
+
+    async def _ask(self) -> HeldLock:
+        held = HeldLock(self._space, self._resource, self._keep, self._on_block)
+        await self._space.acquire(held, self._mode, self._flags, _timeout_ns(self._timeout))
         return held
 
     async def __aenter__(self) -> HeldLock:
-        held = self._held = await self._acquire()
+        held = self._held = self._retake() or await self._ask()
         held._task = asyncio.current_task()
         return held
 
@@ -288,8 +287,11 @@ class LockSpace:
     ) -> PendingLock:
         if not 0 <= mode <= EX:
             raise ValueError(f"{mode} is not a lock mode")
+        name = resource.encode() if isinstance(resource, str) else resource
+        if not 0 < len(name) <= NAME_MAX:
+            raise ValueError(f"a lock name is 1 to {NAME_MAX} bytes, not {len(name)}")
         flags |= VALBLK if wait else VALBLK | NOQUEUE
-        return PendingLock(self, lock_name(resource), mode, flags, timeout, keep, on_block)
+        return PendingLock(self, name, mode, flags, timeout, keep, on_block)
 
     def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
         return self.backend.submit(requests, completed, blocking)
