@@ -5,7 +5,8 @@ round it causes (`lift_wire.Begin`), so a new coordinator finds the newest table
 
 Invariants
   LIFT-1  the slots of a group's members, and of members whose failure it has not finished recovering, are distinct
-  LIFT-2  `failed` of a round = members of the last finished round that are not members now and did not leave cleanly
+  LIFT-2  `failed` of a round = members at or since the last finished round that are not members now and did not leave
+          cleanly: a joiner may have written before the round that brought it in finished
 """
 
 import msgspec
@@ -27,8 +28,9 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Group(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One service group. `number` is its port on the wire; `baseline` the members of its last finished round (and their
-    slots), from which `failed`, `joined` and `left` of the next round are counted; `left` who left cleanly since."""
+    """One service group. `number` is its port on the wire; `baseline` the members of its last finished round and those
+    that joined and failed since (and their slots), from which `failed`, `joined` and `left` of the next round are
+    counted; `left` who left cleanly since."""
 
     name: str
     level: int
@@ -79,11 +81,15 @@ class Group(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     def without(self, gone: frozenset[MemberId], *, clean: bool) -> "Group":
         members = tuple(entry for entry in self.members if entry.member not in gone)
-        left = self.left
+        known = {entry.member for entry in self.baseline}
+        baseline, left = self.baseline, self.left
         if clean:
-            known = {entry.member for entry in self.members} | {entry.member for entry in self.baseline}
+            known |= {entry.member for entry in self.members}
             left = tuple(sorted({*left, *(gone & known)}))
-        return msgspec.structs.replace(self, members=members, left=left)
+        else:
+            new = [Slotted(e.member, e.slot) for e in self.members if e.member in gone and e.member not in known]
+            baseline = tuple(sorted((*baseline, *new), key=_by_member))
+        return msgspec.structs.replace(self, members=members, baseline=baseline, left=left)
 
     def of_nodes(self, nodes: frozenset[NodeIncarnation]) -> "Group":
         """Without the members of nodes that are not in the view: they failed with it."""
@@ -97,11 +103,18 @@ class Group(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def finished(self, round: Round) -> "Group":
         """After that round finished. Members may have changed since it began; what they count from is the round."""
         left = tuple(member for member in self.left if member not in round.left)
-        return msgspec.structs.replace(self, baseline=round.members, left=left)
+        done = {entry.member for entry in (*round.members, *round.failed)} | set(round.left)
+        since = [entry for entry in self.baseline if entry.member not in done]  # joined and failed since it began
+        baseline = tuple(sorted((*round.members, *since), key=_by_member))
+        return msgspec.structs.replace(self, baseline=baseline, left=left)
 
     def check(self) -> None:
         slots = [entry.slot for entry in self.members] + [entry.slot for entry in self.failed()]
         assert len(slots) == len(set(slots)), "LIFT-1"
+
+
+def _by_member(entry: Slotted) -> MemberId:
+    return entry.member
 
 
 def free_number(groups: "dict[str, Group]", last: int) -> int:

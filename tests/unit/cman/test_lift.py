@@ -282,6 +282,35 @@ def test_a_slot_is_given_out_again_only_when_its_failure_is_recovered() -> None:
     assert "1 refused all 2 slots of gfs:home are taken; add a journal first" in cluster.told()
 
 
+def test_a_joiner_that_dies_before_its_first_round_finished_has_failed_too() -> None:
+    # It may have replayed, and so written: its slot must be recovered before it is given out again.
+    cluster = active(1, 2)
+    cluster.join(1, "gfs:home", 2)
+    cluster.held.add("gfs:home")
+    gone = cluster.join(2, "gfs:home", 2)
+    cluster.told()
+    cluster.step(2, LocalGone(gone))
+    cluster.settle()
+    assert "1 start gfs:home {1.1@0} failed [2.1@1]" in cluster.told()
+    cluster.join(2, "gfs:home", 2, serial=2)
+    assert "2 start gfs:home {1.1@0,2.2@2} failed [2.1@1]" in cluster.told()
+    cluster.release("gfs:home")
+    cluster.join(1, "gfs:home", 2, serial=3)
+    assert "1 start gfs:home {1.1@0,1.3@1,2.2@2} failed []" in cluster.told()
+
+
+def test_what_joined_and_failed_after_a_round_began_outlives_its_finish() -> None:
+    cluster = active(1, 2)
+    cluster.join(1, "gfs:home", 2)
+    group = cluster.lifts[1].groups["gfs:home"]
+    round = group.round(100)
+    newcomer = MemberId(2, 100, 7)
+    joined = group.with_member(newcomer, "host2:7", b"ticket", ProcessId(9, 9, "boot"))
+    assert joined is not None
+    failed = joined.without(frozenset((newcomer,)), clean=False).finished(round).failed()
+    assert [(entry.member, entry.slot) for entry in failed] == [(newcomer, 1)]
+
+
 def test_a_broken_session_makes_a_new_round_with_the_same_members() -> None:
     cluster = active(1, 2)
     one, two = cluster.join(1, "dlm:home", 1), cluster.join(2, "dlm:home", 1)
