@@ -202,6 +202,10 @@ class GlockTable:
             glock.holders += 1
         return True
 
+    def is_cached(self, glock: Glock, state: int) -> bool:
+        """Whether a hold would be granted from what is cached, as soon as local holders are through."""
+        return COVERS[glock.state][state] and glock.phase == IDLE and not glock.blocked and not glock.gated
+
     def try_hold_io(self, glock: Glock, state: int) -> bool:
         """For a request that the kernel's invalidation may be waiting for: served while the lock is still held."""
         if glock.phase != INVALIDATING or not COVERS[glock.state][state] or glock.holders < 0:

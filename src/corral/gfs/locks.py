@@ -68,11 +68,21 @@ class Locks:
             raise OSError(EIO, f"the lock manager refused glock {glock.name.decode()}")
         return True
 
-    def request(self, glock: Glock, state: int) -> Any:
-        """Asks without holding: a future that completes when the lock was granted once and is cached."""
+    def fetch(self, glock: Glock, state: int) -> Any:
+        """Asks for a glock without keeping it: a future that completes when it was granted and let go again, so that it
+        is cached; None when it is cached already. Never held while others are waited for: that would make a circle of
+        waits possible. `pump` sends what was asked for."""
+        if self.table.is_cached(glock, state):
+            return None
         holder = Holder(state, 0, self.world.future())
+
+        def granted(_future: Any) -> None:
+            if holder.granted:
+                self.drop(glock, state)
+
+        holder.future.add_done_callback(granted)
         self.table.enqueue(self.world.now(), glock, holder)
-        return holder
+        return holder.future
 
     def drop(self, glock: Glock, state: int) -> None:
         """Ends a hold; whoever waits goes on."""

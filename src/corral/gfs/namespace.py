@@ -24,6 +24,7 @@ from corral.gfs.directory import Directory, Found, Listed
 from corral.gfs.format import BlockDamaged, name_hash
 from corral.gfs.glock import EX, INODE, IOPEN, NOEXP, NONDISK, NONDISK_RENAME, SH, TRY, TRY_CALLBACK, Glock
 from corral.gfs.inode import S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, Inode
+from corral.gfs.rgrp import Rgrp
 from corral.gfs.volume import FOREVER_VALID, Volume
 
 RENAME_NOREPLACE: Final = 1
@@ -222,7 +223,7 @@ class Namespace(Volume):
             self.directory_changed(parent, directory)
             self.touch(fresh)
             made = True
-            self._fetch_ahead(space.rgrp, number)
+            self._fetch_next_glocks(space.rgrp, number)
             return fresh
         finally:
             for unused in aside:
@@ -234,31 +235,22 @@ class Namespace(Volume):
             if fresh is not None and fresh.opens and not made:
                 await self.drop_iopen(fresh)
 
-    def _fetch_ahead(self, rgrp: Rgrp, number: int) -> None:
+    def _fetch_next_glocks(self, rgrp: Rgrp, number: int) -> None:
         """Asks at once for the glocks of the dinodes that will be made next: one by one each costs a round trip."""
         ahead = self.ahead
-        ahead.discard(number)
+        if number in ahead:
+            ahead.discard(number)
+        else:
+            ahead.clear()  # another cluster, or others were faster: what was asked for there is of no more use
         if self.locks.table.local or len(ahead) >= AHEAD_MIN:
             return
-        table = self.locks.table
+        locks = self.locks
         wanted = [n for n in rgrp.free_in_cluster(number, AHEAD_MAX) if n not in ahead]
-        holders = []
-        for kind, state in ((INODE, EX), (IOPEN, SH)):
-            for one in wanted:
-                glock = table.get(kind, one)
-                if not table.covers(glock, state):
-                    holders.append((glock, state, self.locks.request(glock, state)))
         ahead.update(wanted)
-        if holders:
-            self.world.spawn(self._fetched(holders, wanted), "gfs: glocks of the next dinodes")
-
-    async def _fetched(self, holders: list[tuple[Glock, int, Holder]], wanted: list[int]) -> None:
-        self.locks.pump()
-        for glock, state, holder in holders:
-            await holder.future
-            if holder.granted:
-                self.locks.drop(glock, state)
-        self.ahead.difference_update(wanted)
+        for one in wanted:
+            locks.fetch(locks.table.get(INODE, one), EX)
+            locks.fetch(locks.table.get(IOPEN, one), SH)
+        locks.pump()
 
     def _fill(self, inode: Inode, parent: Inode, mode: int, caller: Caller, rdev: int, target: bytes) -> None:
         now = self.world.wall_ns()
@@ -641,18 +633,11 @@ class Namespace(Volume):
 
     async def prefetch_inodes(self, inodes: list[Inode]) -> None:
         table, locks = self.locks.table, self.locks
-        asked = []
-        for inode in inodes:
-            if table.try_hold(inode.glock, SH):
-                locks.drop(inode.glock, SH)
-            else:
-                asked.append((inode, locks.request(inode.glock, SH)))
+        asked = [locks.fetch(inode.glock, SH) for inode in inodes]
         locks.pump()
-        for inode, holder in asked:
-            # Never held while waiting for the next: that would make a circle of waits possible.
-            await holder.future
-            if holder.granted:
-                locks.drop(inode.glock, SH)
+        for granted in asked:
+            if granted is not None:
+                await granted
         held = [inode for inode in sorted(inodes, key=_number) if table.try_hold(inode.glock, SH)]
         try:
             await self._read_clusters([inode for inode in held if not inode.loaded])

@@ -29,6 +29,7 @@ from corral.gfs.rgrp import Rgrp
 from corral.gfs.superblock import Superblock
 
 INODES_MAX: Final = 20_000  # in memory, beyond those in use
+STATFS_QUANTUM: Final = 30 * SECOND  # how far another node's statfs may lag
 FOREVER_VALID: Final = 3600 * SECOND  # how long the kernel may believe what a cached glock protects
 
 
@@ -142,12 +143,14 @@ class Volume:
         self.dinode_change = 0
         self.next_formal = 0
         self.end_formal = 0
+        self.ahead: set[int] = set()  # blocks whose glocks were asked for because dinodes will be made there
         self.withdrawn: str | None = None
         self.damaged: dict[int, str] = {}  # bad blocks met, by number
         self.counts = {"damaged": 0, "commits_forced": 0, "reclaimed": 0}
         self.root = superblock.root
         self._timer: Timer | None = None
         self._next_commit: Instant = 0
+        self._statfs_due: Instant = world.now() + STATFS_QUANTUM
 
     # --- failing -----------------------------------------------------------------------------------------------------
 
@@ -476,12 +479,18 @@ class Volume:
 
     async def _commit_quietly(self) -> None:
         try:
+            if self.world.now() >= self._statfs_due:
+                self._statfs_due = self.world.now() + STATFS_QUANTUM
+                await self.sync_statfs()
             if self.journal.running:
                 await self.journal.commit()
             else:
                 await self.data.write_all()
         except OSError as error:
             self.withdraw(str(error.strerror or error))
+
+    async def sync_statfs(self, flags: int = 0) -> None:
+        raise NotImplementedError
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

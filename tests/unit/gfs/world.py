@@ -34,6 +34,9 @@ class Future:
         else:
             self._calls.append(call)
 
+    def add_done_callback(self, call: Callable[["Future"], None]) -> None:
+        self.when_done(lambda: call(self))
+
     def __await__(self) -> Generator[Any, Any, Any]:
         while not self._done:
             yield self
