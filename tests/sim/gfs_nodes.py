@@ -95,6 +95,7 @@ class Node:
         self.world: NodeWorld
         self.client: Client
         self.filesystem: GfsFilesystem
+        self.notifier: Any = None
 
     @property
     def member(self) -> MemberId:
@@ -110,6 +111,7 @@ class Node:
             disk,
             self.client,  # type: ignore[arg-type]
             slot=self.slot,
+            notifier=self.notifier,
             options=Options(commit_ns=self.cluster.commit_ns, min_hold_ns=self.cluster.min_hold_ns),
         )
 
