@@ -20,6 +20,7 @@ Invariants
   LIFT-4  no group above FENCE starts in a view that is not active
   LIFT-5  a group starts only when every group below it in its stack has finished its newest round
   LIFT-6  a Finish is emitted only for the newest round begun here
+  LIFT-7  after a promise nothing of the view before is taken in: what a member attached to its promise stays true
 
 The model is CMAN 2004 (`cman-kernel/src/sm_*.c`); deviations: the coordinator counts instead of two-phase barriers (its
 own failure makes a new view, which starts over), and the lift runs per stack above FENCE.
@@ -54,6 +55,7 @@ from corral.wire.frame import GROUP_PORT_MIN
 
 HELD_MAX: Final = 1024  # messages kept of a view that is not installed here yet
 GROUPS_MAX: Final = 1024
+ROUND_END: Final = 1 << 32  # a round is the upper half of a lock's token
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
@@ -313,6 +315,7 @@ class LiftEngine:
         self._last_number = GROUP_PORT_MIN - 1
         self._ready = Ready()
         self._stopped = True
+        self._promised = False  # and the next view is not installed yet
         self._held: list[tuple[MemberId, LiftMessage]] = []
         # What participants of this node want, until the table says so.
         self._joins: dict[tuple[MemberId, str], LocalJoin] = {}
@@ -368,6 +371,7 @@ class LiftEngine:
         if isinstance(event, Received):
             self._receive(now, event.peer, event.message)
         elif isinstance(event, Promised):
+            self._promised = True
             self._stop()
         elif isinstance(event, Installed):
             self._install(now, event)
@@ -404,6 +408,7 @@ class LiftEngine:
 
     def _install(self, now: Instant, event: Installed) -> None:
         self._stop()
+        self._promised = False
         view = event.view
         self.view = view
         self.active = False
@@ -423,7 +428,9 @@ class LiftEngine:
 
     def _merge(self, view: View, event: Installed) -> None:
         """Identical on every member: it sees nothing but the attachments, which are."""
-        attachments = [event.attachments[member] for member in view.members if member in event.attachments]
+        brought = [event.attachments[member] for member in view.members if member in event.attachments]
+        attachments = [attachment for attachment in brought if _is_plausible(attachment)]
+        self.dropped += len(brought) - len(attachments)
         newest = max(attachments, key=lambda a: (a.table_view, a.table_sequence), default=None)
         if newest is not None and (newest.table_view, newest.table_sequence) >= (
             self._table_view,
@@ -667,7 +674,11 @@ class LiftEngine:
             else:
                 self.dropped += 1
             return
-        if message.view != view.id or NodeIncarnation(peer.node, peer.incarnation) not in view.members:
+        if (
+            self._promised  # LIFT-7: the next view counts from what was attached
+            or message.view != view.id
+            or NodeIncarnation(peer.node, peer.incarnation) not in view.members
+        ):
             self.dropped += 1
             return
         if isinstance(message, Begin | Finish | Refuse | Evict):
@@ -706,7 +717,7 @@ class LiftEngine:
         assert self.view is not None
         round = message.round
         last = self.rounds.get(round.group)
-        if last is not None and round.id <= last.id:
+        if (last is not None and round.id <= last.id) or not 0 < round.id < ROUND_END:
             self.dropped += 1
             return
         self._stopped = False
@@ -812,6 +823,11 @@ class LiftEngine:
     def _advance_if_coordinating(self) -> None:
         if self.coordinating:
             self._advance()
+
+
+def _is_plausible(attachment: Attachment) -> bool:
+    """What a member says of itself may be wrong, but not so wrong that no round could follow it."""
+    return 0 <= attachment.state.round < ROUND_END - 1
 
 
 def _merge_identities(identities: list[Identity]) -> list[Identity]:

@@ -4,7 +4,7 @@ from corral.api.cman import FENCE_GROUP
 from corral.base.engine import Received
 from corral.base.ids import MemberId, NodeIncarnation, ViewId
 from corral.base.time import SECOND
-from corral.base.view import View
+from corral.base.view import Round, View
 from corral.base.world import ProcessId
 from corral.cman.lift import (
     EvictLocal,
@@ -25,7 +25,7 @@ from corral.cman.lift import (
     StopAll,
     ViewActive,
 )
-from corral.cman.lift_wire import LiftState
+from corral.cman.lift_wire import Begin, LiftState
 
 RECOVER = 2 * SECOND
 
@@ -232,6 +232,34 @@ def test_obligations_survive_a_total_restart() -> None:
     cluster.install(1, 2)
     cluster.settle()
     assert "1 fence [1,2,3]" in cluster.told()
+
+
+def test_after_a_promise_the_view_before_goes_no_further() -> None:
+    cluster = Cluster(1, 2)
+    cluster.held.add(FENCE_GROUP)
+    cluster.install(1, 2)
+    cluster.settle()
+    cluster.told()
+    cluster.step(2, Promised())
+    cluster.release(FENCE_GROUP)
+    assert "2 active" not in cluster.told()
+    cluster.join(1, "dlm:home", 1)
+    assert cluster.lifts[2].groups == {}
+    cluster.install(1, 2)
+    cluster.settle()
+    assert "2 active" in cluster.told()
+
+
+def test_a_round_that_no_token_could_hold_is_refused() -> None:
+    cluster = active(1, 2)
+    assert cluster.lifts[1].view is not None
+    begin = Begin(cluster.lifts[1].view.id, 1, Round(1 << 32, FENCE_GROUP, (), (), (), ()), None)
+    cluster.step(2, Received(cluster.lifts[1].me.corrald(), begin))
+    assert cluster.lifts[2].dropped == 1
+    cluster.lifts[2] = cluster.boot(2, 101, LiftState(round=(1 << 64) - 1))  # what it attaches is believed by nobody
+    cluster.install(1, 2)
+    assert cluster.lifts[1].dropped == 1
+    assert cluster.lifts[1].state.round < 10
 
 
 def test_rounds_rise_over_a_total_restart() -> None:
