@@ -308,7 +308,7 @@ class Files(Namespace):
         finally:
             self.locks.drop(glock, EX)
         if append and start != offset and self.notifier is not None:
-            # The kernel has put these bytes into its pages where it thought the end was; never awaited before the reply.
+            # The kernel has these bytes in its pages where it thought the end was. Never awaited before the reply.
             self.world.spawn(self.notifier.invalidate_inode(ino), "gfs: drop pages of an append")
         if self.data.should_write:
             self.data.start_pass()
