@@ -1,0 +1,72 @@
+"""The page that tells the messages, and the bytes of version 1, against the code."""
+
+import re
+import typing
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from corral.base.ids import MemberId
+from corral.dlm import wire
+
+PAGE = Path(__file__).parents[3] / "docs/design/dlm-wire.md"
+TYPES = {bytes: "bytes", int: "int", bool: "bool", bytes | None: "bytes or nil", MemberId: "MemberId"}
+TYPES |= {list[bytes]: "array of bytes", list[MemberId]: "array of MemberId"}
+TYPES |= {list[wire.RecoverLock]: "array of RecoverLock"}
+
+
+def told():
+    """Name -> (number, [(index, field, type)]) as the page says."""
+    messages = {}
+    for line in PAGE.read_text().splitlines():
+        if head := re.match(r"## (?:(\d+) )?(\w+)", line):
+            fields = []
+            messages[head[2]] = (int(head[1]) if head[1] else None, fields)
+        elif row := re.match(r"\| (\d+) \| (\w+) \| ([^|]+) \|", line):
+            fields.append((int(row[1]), row[2], row[3]))
+    return messages
+
+
+def test_the_page_tells_what_is_sent():
+    coded = {}
+    for kind in (*wire.CODEC.types, wire.RecoverLock):
+        tag = msgspec.inspect.type_info(kind).tag
+        hints = typing.get_type_hints(kind)
+        first = 0 if tag is None else 1
+        fields = [(index, name, TYPES[hints[name]]) for index, name in enumerate(kind.__struct_fields__, first)]
+        coded[kind.__name__] = (tag, fields)
+    assert told() == coded
+
+
+RECORD = wire.RecoverLock(b"n", 5, 5, 3, -1, 8, 2, 9, b"v" * 8, 4, True)
+VERSION_1 = [
+    (wire.Request(1, 1, b"n", 5, 8, 1, None, True), "9901 0101c4016e050801c0c3"),
+    (wire.Convert(1, 2, 3, 8, b"v"), "9602 010203 08c40176"),
+    (wire.Unlock(1, 3, 8, None), "9503 010308c0"),
+    (wire.Cancel(1, 3), "9304 0103"),
+    (
+        wire.Completed(1, 3, 0, 2, 5, 1 << 32, b"v", 7, True),
+        "9a05 0103000205cf0000000100000000c4017607c3",
+    ),
+    (wire.Blocking(1, 5), "9306 0105"),
+    (wire.Master(b"n", MemberId(1, 2, 3), 4), "9407 c4016e9301020304"),
+    (wire.NotMaster(1, 1), "9308 0101"),
+    (wire.Remove(b"n", 4), "9309 c4016e04"),
+    (wire.Names([b"n"]), "920a 91c4016e"),
+    (wire.Claim([b"n"]), "920b 91c4016e"),
+    (wire.Masters([b"n"], [MemberId(1, 2, 3)]), "930c 91c4016e9193010203"),
+    (wire.RecoverLocks([RECORD]), "920d 919bc4016e050503ff080209c408767676767676767604c3"),
+    (wire.Reached(3), "920e 03"),
+]
+
+
+@pytest.mark.parametrize(("message", "golden"), VERSION_1, ids=lambda value: type(value).__name__)
+def test_the_bytes_of_version_1(message, golden):
+    payload = bytes.fromhex(golden)
+    assert wire.CODEC.encode(message) == payload
+    assert wire.CODEC.decode(payload) == message
+
+
+def test_every_message_has_golden_bytes():
+    assert {type(message) for message, _ in VERSION_1} == set(wire.CODEC.types)
