@@ -133,7 +133,7 @@ class MembershipEngine:
         self._attempt: Attempt | None = None
         self._pending: Propose | None = None  # newest proposal accepted in this life
         self._record = state.record  # the one views here are counted over; without memory only hearsay
-        self._promised_here = False
+        self._first_epoch = EPOCH_MAX  # of this life's first promise
         self._attachment = b""
         self._epoch_seen = 0
         self._installed_at: Instant = now
@@ -254,7 +254,9 @@ class MembershipEngine:
         return newest is not None and self.me in newest.members
 
     def _status(self, node: NodeId) -> Status:
-        return Status(self.state.promised, self.state.installed, self.newest, self.state.known.get(node, 0))
+        state = self.state
+        known, since = state.known.get(node, 0), state.since.get(node, 0)
+        return Status(state.promised, state.installed, self.newest, known, since)
 
     # --- sessions and links ----------------------------------------------------------------------------------------
 
@@ -392,7 +394,7 @@ class MembershipEngine:
         if any(member != self.me and member.node not in self._heard for member in target.members):
             return  # its session comes back, or its link goes down soon
         due = max(self._starts(target), self._retry_at)
-        if self.stopped and self.state.promised.coordinator != self.me.node and self._promised_here:
+        if self.stopped and self.state.promised.coordinator != self.me.node and self._first_epoch != EPOCH_MAX:
             due = max(due, self._progress_at + self.timing.phase_ns)  # another coordinator is at work
         if now >= due:
             self._prepare(now, target.members)
@@ -512,7 +514,7 @@ class MembershipEngine:
 
     def _promise(self, view_id: ViewId) -> None:
         self._persist(Promised(view_id))  # asserts CMAN-4
-        self._promised_here = True
+        self._first_epoch = min(self._first_epoch, view_id.epoch)
         self.stopped = True
         self._out.emit.append(Stop(view_id))
 
@@ -669,7 +671,7 @@ class MembershipEngine:
         self._epoch_seen = max(self._epoch_seen, status.promised.epoch)
         self._heard.add(peer.node)
         mine = self.me.incarnation
-        if not self._gone and (status.known > mine or (status.known == mine and not self._promised_here)):
+        if not self._gone and (status.known > mine or (status.known == mine and status.since < self._first_epoch)):
             # Members come into views by promising only: an earlier life made that promise, and it is forgotten.
             self._gone = True
             self._persist(Forgotten(status.known))

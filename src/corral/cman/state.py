@@ -49,6 +49,7 @@ class State:
         "left",
         "promised",
         "record",
+        "since",
     )
 
     def __init__(self) -> None:
@@ -62,7 +63,8 @@ class State:
         self.installed: ViewId = NO_VIEW
         self.active: ViewId = NO_VIEW
         self.excluded = False
-        self.known: dict[NodeId, Incarnation] = {}
+        self.known: dict[NodeId, Incarnation] = {}  # highest seen in an accepted view
+        self.since: dict[NodeId, int] = {}  # epoch of the first such view
 
     @property
     def newest(self) -> View | None:
@@ -102,6 +104,7 @@ class State:
             self.record = None
         elif isinstance(record, Known):
             self.known = {member.node: member.incarnation for member in record.incarnations}
+            self.since = {member.node: epoch for member, epoch in zip(record.incarnations, record.since, strict=False)}
 
     def _accept(self, record: AcceptedView) -> None:
         view = record.view
@@ -109,6 +112,7 @@ class State:
         for member in view.members:
             if member.incarnation > self.known.get(member.node, 0):
                 self.known[member.node] = member.incarnation
+                self.since[member.node] = view.id.epoch
         self.left = record.left
         if record.active > self.active:
             self._activate(record.active)
@@ -128,7 +132,10 @@ class State:
 
     def compact(self) -> list[Record]:
         """The shortest log with the same fold, for `Store.replace`."""
-        records: list[Record] = [Known(tuple(NodeIncarnation(n, self.known[n]) for n in sorted(self.known)))]
+        nodes = sorted(self.known)
+        records: list[Record] = [
+            Known(tuple(NodeIncarnation(n, self.known[n]) for n in nodes), tuple(self.since[n] for n in nodes))
+        ]
         if self.incarnation:
             records.append(Started(self.incarnation))
         if self.clean_stop:

@@ -53,6 +53,7 @@ class Status(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=1):
     installed: ViewId
     newest: View | None  # newest quorate view the sender knows to have been accepted by anybody
     known: Incarnation  # highest incarnation of the receiver in any view the sender accepted
+    since: int = 0  # epoch of the first view in which the sender accepted that incarnation
 
 
 class Prepare(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2):
@@ -177,9 +178,10 @@ class Forgotten(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=9):
 
 
 class Known(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=10):
-    """Highest incarnation of each node ever seen in an accepted view (compaction only)."""
+    """Highest incarnation of each node ever seen in an accepted view, and that view's epoch (compaction only)."""
 
     incarnations: tuple[NodeIncarnation, ...]
+    since: tuple[int, ...] = ()
 
 
 Record = (

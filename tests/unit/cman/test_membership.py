@@ -525,8 +525,15 @@ def test_an_incarnation_that_others_hold_already_is_given_up(known: int) -> None
 
 def test_its_own_promises_explain_why_others_hold_an_incarnation() -> None:
     bench = Bench().whole()
-    bench.hear(2, 1, Status(ViewId(1, 1), ViewId(1, 1), None, 10))
+    bench.hear(2, 1, Status(ViewId(1, 1), ViewId(1, 1), None, 10, 1))
     assert bench.take(2, Outdated) == []
+
+
+def test_a_promise_of_this_life_does_not_explain_an_older_view() -> None:
+    """Its first promise was for epoch 1: a view below that had it before its state was lost."""
+    bench = Bench().whole()
+    bench.hear(2, 1, Status(ViewId(1, 1), ViewId(1, 1), None, 10, 0))
+    assert bench.take(2, Outdated) == [Outdated(10)]
 
 
 # --- leaving ---------------------------------------------------------------------------------------------------------
