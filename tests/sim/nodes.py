@@ -77,13 +77,22 @@ class Oracle:
         self.last_act[member.node] = self.sim.now
         self.look()
 
-    def look(self) -> None:
-        serving = {}
+    def living(self) -> dict[NodeId, Node]:
+        """Nodes whose process runs. A machine whose clock was stopped may believe in a lease that is over: fencing
+        covers that (DESIGN 5)."""
+        living = {}
         for number, node in sorted(self.nodes.items()):
             machine = self.sim.machines[f"n{number}"]
-            # A machine whose clock was stopped may believe in a lease that is over: fencing covers that (DESIGN 5).
-            if not machine.powered or machine.halted or machine.running("corrald") is None:
-                continue
+            process = machine.running("corrald")
+            # The object of a process that was killed is still here while its successor starts.
+            if process is not None and process.identity == node.world.process.me:
+                if machine.powered and not machine.halted:
+                    living[number] = node
+        return living
+
+    def look(self) -> None:
+        serving = {}
+        for number, node in self.living().items():
             if node.active and not node.ended.done() and node.world.now() < node.lease_until():
                 assert node.view is not None
                 serving[number] = node.view.id
@@ -203,8 +212,9 @@ class Cluster:
             self.oracle.look()
 
     def settled(self) -> bool:
+        living = self.oracle.living()
         for number in self.numbers:
-            node = self.oracle.nodes.get(number)
+            node = living.get(number)
             if node is None or not node.active or node.view is None or node.view.nodes != self.numbers:
                 return False
         return True
