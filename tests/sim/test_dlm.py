@@ -131,7 +131,7 @@ def trust_unfinished_masters(patch):
 
 PLANTS = {
     overtake_conversions: ("DLM-1",),
-    believe_old_modes: ("DLM-1", "DLM-5"),
+    believe_old_modes: ("DLM-1", "DLM-4", "DLM-5"),
     forget_the_floor: ("DLM-2",),
     trust_any_value: ("DLM-4",),
     grant_without_lease: ("DLM-6",),
