@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, final
 
 from corral.base.world import Buffer, Disk, World
-from corral.gfs.format import BLOCK
+from corral.gfs.format import BLOCK, BlockDamaged
 
 GATHER_MAX: Final = 2 << 20  # bytes in one gathered write
 PARALLEL: Final = 4  # writes in flight for one caller
@@ -39,6 +39,8 @@ class Device:
         return self._written > 0
 
     async def read(self, number: int, count: int = 1) -> bytearray:
+        if number < 0 or number + count > self.blocks:
+            raise BlockDamaged(number, "lies beyond the end of the device")  # some pointer is wrong
         self.reads += 1
         return await self.disk.read(number * BLOCK, count * BLOCK)
 

@@ -65,8 +65,10 @@ class GfsFilesystem(Files):
         formal, number = self.system[b"statfs"]
         master = self.inode(number, formal)
         await self.hold(master, SH)
-        total, free, dinodes = fmt.STATFS.unpack_from(master.payload)
-        self.drop(master, SH)
+        try:
+            total, free, dinodes = self.record(master, fmt.STATFS)
+        finally:
+            self.drop(master, SH)
         free = max(0, free + self.free_change)
         return FilesystemUsage(fmt.BLOCK, total, free, free, max(0, dinodes + self.dinode_change) + free, free)
 
@@ -78,7 +80,7 @@ class GfsFilesystem(Files):
         master = self.inode(number, formal)
         await self.hold(master, EX, flags)
         try:
-            total, free, dinodes = fmt.STATFS.unpack_from(master.payload)
+            total, free, dinodes = self.record(master, fmt.STATFS)
             fmt.STATFS.pack_into(master.payload, 0, total, free + self.free_change, dinodes + self.dinode_change)
             self.free_change = self.dinode_change = 0
             self.count_blocks(0, 0)

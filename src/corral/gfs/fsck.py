@@ -445,18 +445,18 @@ class Checker:
     async def _statfs(self) -> None:
         try:
             master = await self.read_inode(self.system[b"statfs"][1])
+            total, all_free, all_dinodes = master.record(fmt.STATFS)
             free = dinodes = 0
             changes: list[Inode] = []
             for slot in range(self.superblock.journals):
                 change = await self.read_inode(self.system[b"statfs_change%d" % slot][1])
-                _, more_free, more_dinodes = fmt.STATFS.unpack_from(change.payload)
+                _, more_free, more_dinodes = change.record(fmt.STATFS)
                 free += more_free
                 dinodes += more_dinodes
                 changes.append(change)
         except (BlockDamaged, KeyError) as error:
             self.found("statfs", self.system[b"statfs"][1], f"cannot be read: {error}")
             return
-        total, all_free, all_dinodes = fmt.STATFS.unpack_from(master.payload)
         said = (total, all_free + free, all_dinodes + dinodes)
         real = (self.bitmaps.blocks, self.bitmaps.total(FREE), self.bitmaps.total(DINODE_STATE))
         if said != real:

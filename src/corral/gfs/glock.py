@@ -398,6 +398,8 @@ class GlockTable:
                 self._demote(glock)
             return
         queue = glock.queue
+        if self.gate_closed:
+            _recovery_first(queue)
         while queue:
             head = queue[0]
             if glock.gated and not head.flags & NOEXP:
@@ -448,3 +450,11 @@ class GlockTable:
         for glock in self.glocks.values():
             if not glock.holders and not glock.queue and glock.phase == IDLE and not glock.blocked:
                 yield glock
+
+
+def _recovery_first(queue: list[Holder]) -> None:
+    """Who waits at the gate waits for recovery, so recovery must not wait in line behind it."""
+    if queue and not queue[0].flags & NOEXP:
+        at = next((at for at, holder in enumerate(queue) if holder.flags & NOEXP), 0)
+        if at:
+            queue.insert(0, queue.pop(at))

@@ -181,6 +181,12 @@ class Inode(Meta):
         self.data = None
         self.layout_version += 1
 
+    def record(self, layout: fmt.Layout) -> tuple[Any, ...]:
+        """The one structure that a system file holds. Raises BlockDamaged when it is too short."""
+        if len(self.payload) < layout.size:
+            raise BlockDamaged(self.number, f"holds no {layout.name}")
+        return layout.unpack_from(self.payload)
+
     # --- facts -------------------------------------------------------------------------------------------------------
 
     @property

@@ -96,11 +96,11 @@ async def _own_files(filesystem: GfsFilesystem) -> None:
     slot = filesystem.slot
     change = filesystem.system_inode(b"statfs_change%d" % slot)
     await filesystem.hold(change, EX, NOEXP)
-    _, filesystem.free_change, filesystem.dinode_change = fmt.STATFS.unpack_from(change.payload)
+    _, filesystem.free_change, filesystem.dinode_change = change.record(fmt.STATFS)
     filesystem.statfs_change = change
     numbers = filesystem.system_inode(b"inum_range%d" % slot)
     await filesystem.hold(numbers, EX, NOEXP)
-    filesystem.next_formal, filesystem.end_formal = fmt.INUM_RANGE.unpack_from(numbers.payload)
+    filesystem.next_formal, filesystem.end_formal = numbers.record(fmt.INUM_RANGE)
     filesystem.inum_range = numbers
 
 

@@ -116,9 +116,9 @@ class Recovery:
             for inode in sorted((change, master), key=lambda one: one.number):
                 await filesystem.hold(inode, EX, NOEXP)
                 held.append(inode)
-            _, free, dinodes = fmt.STATFS.unpack_from(change.payload)
+            _, free, dinodes = change.record(fmt.STATFS)
             if free or dinodes:
-                total, all_free, all_dinodes = fmt.STATFS.unpack_from(master.payload)
+                total, all_free, all_dinodes = master.record(fmt.STATFS)
                 fmt.STATFS.pack_into(master.payload, 0, total, all_free + free, all_dinodes + dinodes)
                 fmt.STATFS.pack_into(change.payload, 0, 0, 0, 0)
                 filesystem.touch(master)

@@ -346,6 +346,12 @@ class Volume:
         formal, number = self.system[name]
         return self.inode(number, formal)
 
+    def record(self, inode: Inode, layout: fmt.Layout) -> tuple[Any, ...]:
+        try:
+            return inode.record(layout)
+        except BlockDamaged as error:
+            raise self.damage(error, "system file") from None
+
     # --- space -------------------------------------------------------------------------------------------------------
 
     def rgrp_of(self, number: int) -> Rgrp:
@@ -436,7 +442,7 @@ class Volume:
         try:
             if self.next_formal < self.end_formal:
                 return
-            (start,) = fmt.INUM.unpack_from(inum.payload)
+            (start,) = self.record(inum, fmt.INUM)
             fmt.INUM.pack_into(inum.payload, 0, start + fmt.INUM_RANGE_LENGTH)
             self.touch(inum)
             self.next_formal, self.end_formal = start, start + fmt.INUM_RANGE_LENGTH
