@@ -3,6 +3,17 @@
 Everything below the doors gets time, chance, network, disks and processes from here and from nowhere else. Both worlds
 run on an asyncio event loop (the simulated one in virtual time), so coroutines above the engines may use
 `asyncio.Future`, `asyncio.Event` and tasks freely; engines may not.
+
+Invariants, of both (tests/conformance/world_suite.py):
+  WORLD-1  a process is called gone only because its pidfd says so, or because its start time or boot id differ
+  WORLD-2  `kill` reaches only the process that is meant, never another that got its pid
+  WORLD-3  an accepted connection is from a peer whose certificate names a node of our cluster
+  WORLD-4  `broken` comes exactly once, and nothing is delivered after it
+  WORLD-5  records read back from a store are a prefix of those appended, and hold all whose append returned
+  WORLD-6  after a failed sync nothing is reported durable again
+  WORLD-7  a write that was started runs to its end; descriptors are not closed under it
+  WORLD-8  a shared page of an earlier life never becomes current
+  WORLD-9  a timer never fires early
 """
 
 import asyncio
