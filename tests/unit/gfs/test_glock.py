@@ -223,6 +223,19 @@ def test_a_grant_that_was_on_its_way_is_not_used_while_the_gate_is_closed(s: Ste
     assert mine.granted
 
 
+def test_recovery_does_not_wait_in_line_behind_those_who_wait_for_it(s: Stepped) -> None:
+    s.table.close_gate()
+    waiting = s.want(SH)
+    recovering = s.want(EX, NOEXP)
+    assert s.asked() == [("lock", DLM_EX, 0)]
+    s.answer()
+    assert recovering.granted
+    s.release(EX)
+    assert waiting.granted  # cached now, and recovery is through with it
+    on_its_way = s.want(EX)
+    assert not on_its_way.granted
+
+
 def test_a_gated_grant_may_still_be_given_away(s: Stepped) -> None:
     mine = s.want(EX)
     s.asked()
