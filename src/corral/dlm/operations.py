@@ -377,7 +377,7 @@ class Operations:
         if (
             not IV <= message.mode <= EX
             or message.status > 0
-            or not 0 <= message.token < 1 << 63
+            or not self.space.sane_token(message.token)
             or (value is not None and len(value) != self.value_size)
             or (message.status == EUNLOCK) != (lock.pending == UNLOCK)
             or (message.status == 0 and message.mode == IV)
@@ -411,7 +411,11 @@ class Operations:
     def _master(self, now: Instant, peer: MemberId, message: Master) -> None:
         space = self.space
         name = message.name
-        if space.directory_of(name) != peer or message.master not in space.members:
+        if (
+            space.directory_of(name) != peer
+            or message.master not in space.members
+            or not space.sane_token(message.floor)
+        ):
             space.counters.hostile += 1
             return
         resource = space.resources.get(name)

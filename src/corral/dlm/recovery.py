@@ -289,7 +289,7 @@ class Recovery:
             and (record.granted != IV or record.requested != IV)
             and not record.flags & ~FLAGS_ALL
             and 0 <= record.operation <= LOCK_ID_MAX
-            and 0 <= record.token <= LOCK_ID_MAX
+            and self._space.sane_token(record.token)
             and (record.value is None or len(record.value) == self._space.value_size)
         )
 

@@ -204,6 +204,13 @@ class Space:
 
     def removed(self, master: MemberId, name: bytes, token: int) -> None:
         """As directory: `master` uses `name` no more."""
+        if not self.sane_token(token):
+            self.counters.hostile += 1
+            return
         if self.directory.get(name) == master:
             del self.directory[name]
         self.floor = max(self.floor, token)
+
+    def sane_token(self, token: int) -> bool:
+        """No correct member has given one out that is ahead of this round by more than a round's worth."""
+        return 0 <= token < self.base_token + (2 << TOKEN_SHIFT)

@@ -82,6 +82,16 @@ def test_illegal_operations_of_peers_are_refused_not_done():
     assert answers == [-22, -2]
 
 
+def test_a_token_from_the_far_future_poisons_nothing():
+    engine = with_peer()
+    for message in (Remove(MINE, 1 << 62), Remove(MINE, -1)):
+        engine.step(0, Received(PEER, message))
+    assert engine.counters.hostile == 2
+    engine.step(0, Submit(0, [(1, 1, Request("lock", MINE, EX))]))
+    (done,) = engine.ready().emit
+    assert done.completion.token == (1 << 32) + 1
+
+
 def test_a_stranger_is_not_listened_to():
     engine = with_peer()
     engine.step(0, Received(STRANGER, Asking(1, 1, MINE, EX, 0, 1, None, True)))
