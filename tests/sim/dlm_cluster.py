@@ -13,6 +13,7 @@ DLM-4  a valid value block never misses an acknowledged increment
 DLM-7  every request completes once; after the faults every request completes, and nothing is left anywhere
 """
 
+import sys
 from heapq import heappop, heappush
 from random import Random
 
@@ -508,3 +509,14 @@ def run(seed: int, cluster_class: type[Cluster] = Cluster) -> dict[str, int]:
         error.add_note(f"seed {seed}, at {(cluster.now - SECOND) / MILLISECOND} ms; the story:")
         error.add_note("\n".join(cluster.story))
         raise
+
+
+def main(argument: str) -> None:
+    """`python -m tests.sim.dlm_cluster 17` runs one seed, `0..2000` many; stops at the first violation."""
+    first, _, last = argument.partition("..")
+    for seed in range(int(first), int(last or int(first) + 1)):
+        print(seed, run(seed))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
