@@ -285,7 +285,7 @@ class Files(Namespace):
     async def write(
         self, ino: int, handle: int, offset: int, data: Buffer, *, append: bool, from_cache: bool, kill_suidgid: bool
     ) -> int:
-        if self.withdrawn is not None or self.journal.full or self.data.dirty_bytes or self._timer is None:
+        if self.refusal is not None or self.journal.full or self.data.dirty_bytes or self._timer is None:
             await self.throttle()
         found = self.handles.get(handle)
         inode = found.inode if found is not None else self.known(ino)
@@ -633,8 +633,8 @@ class Files(Namespace):
         await self._sync(inode, inode.transaction)
 
     async def _sync(self, inode: Inode, transaction: int) -> None:
-        if self.withdrawn is not None:
-            self.refuse_withdrawn()
+        if self.refusal is not None:
+            self.refuse()
         if transaction > self.journal.durable:
             await self.journal.commit()
         elif inode.data is not None:

@@ -47,7 +47,9 @@ class GfsFilesystem(Files):
     def finish(self, round: Round | None = None) -> None:
         if self.recovery.finish(round):
             self.locks.open_gate()
-            self.world.spawn(self._scan_unlinked(), "gfs: free unlinked files")
+            if self.recovery.scan_wanted:
+                self.recovery.scan_wanted = False
+                self.world.spawn(self._scan_unlinked(), "gfs: free unlinked files")
 
     async def ring_of(self, slot: int) -> Ring:
         return await ring_of(self.device, self.superblock, self.system, slot)
@@ -90,7 +92,7 @@ class GfsFilesystem(Files):
 
     async def sync(self) -> None:
         """Everything done before the call is durable on return."""
-        self.refuse_withdrawn()
+        self.refuse()
         await self.journal.commit()
         await self.data.write_all()
         await self.device.flush()
@@ -105,6 +107,7 @@ class GfsFilesystem(Files):
             for handle in sorted(self.handles):
                 await self.release(0, handle, None)
             await self.sync_statfs(NOEXP)
+            await self.drain()
             await self.data.write_all()
             await self.journal.close()
             await self.device.flush()

@@ -227,9 +227,10 @@ class Journal:
 
     async def close(self) -> None:
         """After the last operation: everything in place, an UNMOUNT header on disk."""
-        await self.commit()
+        while self.running or self._serving:
+            await self._request(COMMIT, None)
         await self.checkpoint()
-        assert not self.running
+        assert not self.running, "GFS-8"
         await self._write_log([], [], fmt.UNMOUNT)
 
     async def _request(self, kind: int, glock: Glock | None) -> None:

@@ -102,6 +102,7 @@ async def _own_files(filesystem: GfsFilesystem) -> None:
     await filesystem.hold(numbers, EX, NOEXP)
     filesystem.next_formal, filesystem.end_formal = numbers.record(fmt.INUM_RANGE)
     filesystem.inum_range = numbers
+    filesystem.kept = [change, numbers]
 
 
 async def read_rindex(filesystem: GfsFilesystem) -> list[Rgrp]:

@@ -626,7 +626,7 @@ class Namespace(Volume):
                     entry = self.entry(inode)
                 self.drop(inode, SH)
             except OSError as error:
-                if error.errno not in (ESTALE, EIO) or self.withdrawn is not None:
+                if error.errno not in (ESTALE, EIO) or self.refusal is not None:
                     raise
             out.append(Dirent(one.name, self.ino_of(one.number), one.type, one.cookie, entry))
         return out
@@ -703,7 +703,7 @@ class Namespace(Volume):
 
     async def reclaim(self, inode: Inode, flags: int = 0) -> None:
         """Frees an inode without names, if nobody in the cluster has it open. Harmless when called too often."""
-        if inode.opens or self.withdrawn is not None:
+        if inode.opens or self.refusal is not None:
             return
         await self.throttle()
         await self.hold(inode, EX, flags)

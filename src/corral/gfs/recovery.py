@@ -2,16 +2,17 @@
 
 For each slot: hold the journal's glock in EX (a live owner holds it, so it is had only when the owner is gone), scan,
 replay, write a clean header, merge the slot's statfs changes into the master in one transaction of *our* journal.
-Every step may be repeated, so a recoverer that dies halfway is replaced by the next round.
+Every step may be repeated, so a recoverer that dies halfway is replaced by the next round. One that is only told of a
+newer round goes on, and the newer round waits for it: its writes under way could land on what others write later.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from corral.base.view import Round
 from corral.gfs import format as fmt
 from corral.gfs.device import Device
 from corral.gfs.format import BlockDamaged
-from corral.gfs.glock import EX, JOURNAL, NOEXP
+from corral.gfs.glock import EX, JOURNAL, NOEXP, Glock
 from corral.gfs.inode import Inode
 from corral.gfs.journal import Ring
 from corral.gfs.replay import JournalDamaged, JournalState, put_in_place, scan, write_clean_header
@@ -38,7 +39,9 @@ class Recovery:
         self.ever_finished = False  # until then a round without survivors makes this node a first mounter
         self.started = -1
         self.replayed: list[int] = []  # slots, for status
+        self.scan_wanted = False  # a journal was replayed, or nobody was here before: look for unlinked inodes
         self.failed: dict[int, str] = {}  # slots whose replay failed: the gate stays shut
+        self._under_way: dict[int, list[Any]] = {}  # slot -> futures of those who wait for its replay
 
     async def start(self, round: Round | None) -> None:
         """`round` None: the only mount there is. Raises JournalDamaged when a journal cannot be replayed."""
@@ -58,11 +61,13 @@ class Recovery:
         own = self.filesystem.slot
         every = range(self.filesystem.superblock.journals)
         if round is None:
+            self.scan_wanted = True
             return [slot for slot in every if slot != own]
         alive = {entry.slot for entry in round.members}
         newcomers = set(round.joined)
         survivors = [entry for entry in round.members if entry.member not in newcomers]
         if not survivors:
+            self.scan_wanted = True
             return [slot for slot in every if slot not in alive]
         return [slot for slot in sorted({entry.slot for entry in round.failed}) if slot not in alive]
 
@@ -76,21 +81,45 @@ class Recovery:
 
     async def _recover(self, slot: int) -> None:
         filesystem = self.filesystem
-        glock = filesystem.locks.table.get(JOURNAL, slot)
-        await filesystem.locks.hold(glock, EX, NOEXP)
+        waiters = self._under_way.get(slot)
+        if waiters is None:
+            glock = filesystem.locks.table.get(JOURNAL, slot)
+            await filesystem.locks.hold(glock, EX, NOEXP)
+            waiters = self._under_way[slot] = []
+            filesystem.world.spawn(self._carry_out(slot, glock), f"gfs: replay journal {slot}")
+        waiter = filesystem.world.future()
+        waiters.append(waiter)
+        error = await waiter
+        if error is not None:
+            raise error
+
+    async def _carry_out(self, slot: int, glock: Glock) -> None:
+        """A task of its own: a cancelled round must not tear it from its writes."""
+        failure: Exception | None = None
         try:
-            ring = await filesystem.ring_of(slot)
-            device, uuid = filesystem.device, filesystem.superblock.uuid
-            state = await scan(device, ring, slot, uuid)
-            if not state.clean:
-                await put_in_place(device, state)
-                await self._bury(state)
-                await write_clean_header(device, ring, slot, uuid, state, filesystem.world.wall_ns())
-                self.replayed.append(slot)
-            await self._merge_statfs(slot)
+            await self._replay(slot)
+        except (JournalDamaged, BlockDamaged, OSError) as error:
+            failure = error
         finally:
-            filesystem.locks.drop(glock, EX)
-        filesystem.locks.give_up(glock)
+            self.filesystem.locks.drop(glock, EX)
+        if failure is None:
+            self.filesystem.locks.give_up(glock)
+        for waiter in self._under_way.pop(slot):
+            if not waiter.done():
+                waiter.set_result(failure)
+
+    async def _replay(self, slot: int) -> None:
+        filesystem = self.filesystem
+        ring = await filesystem.ring_of(slot)
+        device, uuid = filesystem.device, filesystem.superblock.uuid
+        state = await scan(device, ring, slot, uuid)
+        if not state.clean:
+            await put_in_place(device, state)
+            await self._bury(state)
+            await write_clean_header(device, ring, slot, uuid, state, filesystem.world.wall_ns())
+            self.replayed.append(slot)
+            self.scan_wanted = True
+        await self._merge_statfs(slot)
 
     async def _bury(self, state: JournalState) -> None:
         """Freed dinodes whose tombstones may not have been written: their blocks must not look like files."""

@@ -8,19 +8,20 @@ Lock order: rename glock, inode glocks (parents first, else by number), iopen, r
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from errno import EIO, ENOSPC, ESTALE
 from typing import Any, Final, final
 
 from corral.api.dlm import Lockspace
 from corral.api.gfs import ROOT, Notifier
-from corral.base.time import SECOND, Instant
+from corral.base.time import MILLISECOND, SECOND, Instant
 from corral.base.world import Timer, World
 from corral.gfs import format as fmt
 from corral.gfs.data import DIRTY_MAX, DataCache, FileData
 from corral.gfs.device import Device
 from corral.gfs.extent import Node
 from corral.gfs.format import BlockDamaged
-from corral.gfs.glock import EX, INODE, IOPEN, RGRP, UN, Glock
+from corral.gfs.glock import EX, INODE, INVALIDATING, IOPEN, RGRP, SYNCING, UN, Glock
 from corral.gfs.inode import Inode
 from corral.gfs.journal import Journal
 from corral.gfs.locks import Locks
@@ -29,6 +30,8 @@ from corral.gfs.rgrp import Rgrp
 from corral.gfs.superblock import Superblock
 
 INODES_MAX: Final = 20_000  # in memory, beyond those in use
+DRAIN_TURNS: Final = 5000
+DRAIN_PAUSE: Final = MILLISECOND
 STATFS_QUANTUM: Final = 30 * SECOND  # how far another node's statfs may lag
 FOREVER_VALID: Final = 3600 * SECOND  # how long the kernel may believe what a cached glock protects
 
@@ -145,6 +148,8 @@ class Volume:
         self.end_formal = 0
         self.ahead: set[int] = set()  # blocks whose glocks were asked for because dinodes will be made there
         self.withdrawn: str | None = None
+        self.refusal: str | None = None  # withdrawn or unmounted: why nothing is done any more
+        self.kept: list[Inode] = []  # system files held in EX as long as the mount lives
         self.damaged: dict[int, str] = {}  # bad blocks met, by number
         self.counts = {"damaged": 0, "commits_forced": 0, "reclaimed": 0}
         self.root = superblock.root
@@ -155,17 +160,46 @@ class Volume:
     # --- failing -----------------------------------------------------------------------------------------------------
 
     def withdraw(self, reason: str) -> None:
-        """This node can no longer trust its own writes: nothing is read, written or granted from here on."""
+        """This node can no longer trust its own writes: nothing is read, written or granted from here on. The kernel's
+        pages are dropped before `options.withdrawn` is told, for they would outlive this process."""
         if self.withdrawn is None:
             self.withdrawn = reason
+            self.refusal = f"withdrawn: {reason}"
             self.locks.stop()
             self._stop_timer()
-            if self.options.withdrawn is not None:
+            if self.notifier is not None:
+                self.world.spawn(self._leave(self.notifier, reason), "gfs: withdraw")
+            elif self.options.withdrawn is not None:
                 self.options.withdrawn(reason)
 
-    def refuse_withdrawn(self) -> None:
-        if self.withdrawn is not None:
-            raise OSError(EIO, f"withdrawn: {self.withdrawn}")
+    async def _leave(self, notifier: Notifier, reason: str) -> None:
+        for number, inode in sorted(self.inodes.items()):
+            if inode.lookups or inode.opens:
+                with suppress(OSError):
+                    await notifier.invalidate_inode(self.ino_of(number))
+        with suppress(OSError):
+            await notifier.invalidate_all_entries()
+        if self.options.withdrawn is not None:
+            self.options.withdrawn(reason)
+
+    def refuse(self) -> None:
+        if self.refusal is not None:
+            raise OSError(EIO, self.refusal)
+
+    async def drain(self) -> None:
+        """At unmount: until what still runs has let go of its locks; whatever begins now is refused."""
+        self.refusal = "unmounted"
+        self._stop_timer()
+        for _ in range(DRAIN_TURNS):
+            busy = [
+                glock
+                for _, glock in sorted(self.locks.table.glocks.items())
+                if glock.phase in (INVALIDATING, SYNCING)
+                or (glock.holders and glock.kind in (INODE, RGRP) and glock.cached not in self.kept)
+            ]
+            if not busy:
+                return
+            await self.world.sleep_until(self.world.now() + DRAIN_PAUSE)
 
     def damage(self, error: BlockDamaged, what: str) -> OSError:
         """One bad object: EIO for it alone, named once and counted."""
@@ -230,8 +264,8 @@ class Volume:
     async def hold(self, inode: Inode, state: int, flags: int = 0) -> None:
         """Holds the inode's glock with its content loaded. The caller drops it."""
         glock = inode.glock
-        if self.withdrawn is not None:
-            self.refuse_withdrawn()
+        if self.refusal is not None:
+            self.refuse()
         if glock.forgotten:
             glock = inode.glock = self.locks.table.get(INODE, inode.number)
         if not self.locks.table.try_hold(glock, state):
@@ -465,8 +499,8 @@ class Volume:
 
     async def throttle(self) -> None:
         """Before an operation changes anything: room in the running transaction and in the dirty cache."""
-        if self.withdrawn is not None:
-            self.refuse_withdrawn()
+        if self.refusal is not None:
+            self.refuse()
         if self.journal.full:
             await self.journal.commit()
         if self.data.dirty_bytes > DIRTY_MAX:
@@ -480,7 +514,7 @@ class Volume:
 
     def _commit_due(self) -> None:
         self._timer = None
-        if self.withdrawn is None and (self.journal.running or self.data.dirty):
+        if self.refusal is None and (self.journal.running or self.data.dirty):
             self.world.spawn(self._commit_quietly(), "gfs: periodic commit")
 
     async def _commit_quietly(self) -> None:
@@ -493,7 +527,8 @@ class Volume:
             else:
                 await self.data.write_all()
         except OSError as error:
-            self.withdraw(str(error.strerror or error))
+            if self.refusal is None:
+                self.withdraw(str(error.strerror or error))
 
     async def sync_statfs(self, flags: int = 0) -> None:
         raise NotImplementedError
