@@ -69,6 +69,7 @@ class Faults:
             node.log = []
             # It may use the id of an inquorate view of its earlier life again; of a quorate one, never.
             self.views = {key: view for key, view in self.views.items() if view.quorate or key.coordinator != node.node}
+            self.said = {key: said for key, said in self.said.items() if key in self.views}
 
     def fault_power_cut(self) -> None:
         for node in self.nodes.values():
