@@ -68,3 +68,13 @@ def ack(socket: str, node: int, reason: str) -> None:
     operator = f"{getpass.getuser()}: {reason}" if reason else getpass.getuser()
     asyncio.run(ask(socket, "fence.ack", node=node, operator=operator[:200]))
     click.echo(f"node {node} counts as fenced")
+
+
+@fence.command("node")
+@click.argument("node", type=int)
+@click.option("--reason", default="", help="Why, kept in the log of every member.")
+@click.pass_obj
+def fence_node(socket: str, node: int, reason: str) -> None:
+    """Have NODE fenced now: a member is left out of the cluster first, a failed node does not wait for its delay."""
+    asyncio.run(ask(socket, "fence.node", node=node, reason=f"{getpass.getuser()}: {reason or 'on request'}"[:200]))
+    click.echo(f"node {node} will be fenced; `corral fence status` tells how it goes")

@@ -3,7 +3,8 @@
 HeartbeatEngine  in:  PeerUp, PeerDown (api.comm), Received, Accepted, Installed, RecordChanged, FlagsChanged, Proved,
                       TICK
                  out: LinkUp, LinkDown, ConnectivityChanged, LeaseExtended, LeaseLapsed
-MembershipEngine in:  PeerUp, PeerDown, Received, ConnectivityChanged, Attach, Active, Leave, ServicesStopped, TICK
+MembershipEngine in:  PeerUp, PeerDown, Received, ConnectivityChanged, Attach, Active, Leave, ServicesStopped,
+                      KnownElsewhere, FencingNow, Expel, TICK
                  out: Stop, Accepted, Installed, RecordChanged, FlagsChanged, Excluded, Outdated, Left, CleanlyStopped
 Whoever runs them passes ConnectivityChanged to the MembershipEngine, and Accepted, Installed, RecordChanged and
 FlagsChanged to the HeartbeatEngine, in the same loop turn.
@@ -84,6 +85,24 @@ class Leave(NamedTuple):
 
 class ServicesStopped(NamedTuple):
     """After Left(clean): corrald's own services stopped and `HeartbeatEngine.echoes_end()` has passed."""
+
+
+class KnownElsewhere(NamedTuple):
+    """comm: a node of the cluster refuses this one, because it has met this higher incarnation of it."""
+
+    known: Incarnation
+
+
+class FencingNow(NamedTuple):
+    """The nodes that an agent works on, as far as is known here: none of them joins meanwhile (WAIT of DESIGN 5)."""
+
+    nodes: frozenset[NodeId]
+
+
+class Expel(NamedTuple):
+    """This member is to be fenced: leave that incarnation out from now on. Told to every member."""
+
+    member: NodeIncarnation
 
 
 class Stop(NamedTuple):

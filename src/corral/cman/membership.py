@@ -40,8 +40,11 @@ from corral.cman.events import (
     CleanlyStopped,
     ConnectivityChanged,
     Excluded,
+    Expel,
+    FencingNow,
     FlagsChanged,
     Installed,
+    KnownElsewhere,
     Leave,
     Left,
     Outdated,
@@ -64,6 +67,7 @@ from corral.cman.wire import (
     STATEFUL,
     UNREACHABLE,
     UNWILLING,
+    WAIT,
     WILLING,
     Accept,
     AcceptedView,
@@ -88,7 +92,18 @@ from corral.cman.wire import (
 )
 
 MembershipEvent = (
-    PeerUp | PeerDown | Received[Message] | ConnectivityChanged | Attach | Active | Leave | ServicesStopped | Tick
+    PeerUp
+    | PeerDown
+    | Received[Message]
+    | ConnectivityChanged
+    | Attach
+    | Active
+    | Leave
+    | ServicesStopped
+    | KnownElsewhere
+    | FencingNow
+    | Expel
+    | Tick
 )
 
 NO_QUORUM: Final = 1 << 30  # a quorum nobody reaches: without a record there is none
@@ -140,6 +155,7 @@ class MembershipEngine:
         self._broken = False  # a session between two members of `view` broke, or one of them is stopped
         self._leaving: dict[NodeId, Incarnation] = {}  # others that asked to be left out
         self._barred: dict[NodeId, Incarnation] = {}  # must start again first
+        self._fencing: frozenset[NodeId] = frozenset()  # an agent works on them: they may stay, but not join
         self._stalled: dict[NodeId, Instant] = {}  # left out of the choice until then
         self._misses: dict[NodeId, int] = {}
         self._failures = 0
@@ -190,6 +206,12 @@ class MembershipEngine:
             if not self._quiet():  # else an earlier life's echoes may still count, and the next one must be quiet too
                 self._persist(CleanStop())
             self._out.emit.append(CleanlyStopped())
+        elif isinstance(event, KnownElsewhere):
+            self._outdated(event.known)
+        elif isinstance(event, FencingNow):
+            self._fencing = event.nodes
+        elif isinstance(event, Expel):
+            self._expel(event.member)
         self._timers(now)
         self._consider(now)
         self._tell_flags()
@@ -258,6 +280,14 @@ class MembershipEngine:
         known, since = state.known.get(node, 0), state.since.get(node, 0)
         return Status(state.promised, state.installed, self.newest, known, since)
 
+    def can_spare(self, member: NodeIncarnation) -> bool:
+        """Would the other members of this quorate view still be a quorum?"""
+        view, record = self.view, self._record
+        if view is None or record is None or not view.quorate or member not in view.members:
+            return False
+        rest = {m.node: self._rows[m.node].flags for m in view.members if m != member and m.node in self._rows}
+        return record.quorate(agreement.voters(rest))
+
     # --- sessions and links ----------------------------------------------------------------------------------------
 
     def _peer_up(self, event: PeerUp) -> None:
@@ -322,7 +352,14 @@ class MembershipEngine:
             and self._leaving.get(node) != row.incarnation
             and self._barred.get(node) != row.incarnation
             and row.incarnation >= self.state.known.get(node, 0)
+            and not self._waits(NodeIncarnation(node, row.incarnation))
         )
+
+    def _waits(self, member: NodeIncarnation) -> bool:
+        """WAIT: an agent that works on this node was started against an earlier life, and would hit this one."""
+        if member.node not in self._fencing or (self.view is not None and member in self.view.members):
+            return False
+        return self.newest is None or member not in self.newest.members
 
     def _target(self, now: Instant) -> Target | None:
         mine = self._rows.get(self.me.node)
@@ -501,7 +538,7 @@ class MembershipEngine:
             return
         self._misses.pop(peer.node, None)
         self._abandon(now, at_once=nack.reason == PROMISED and self._failures == 0)
-        if nack.reason == DISPLACING:
+        if nack.reason in (DISPLACING, WAIT):
             self._retry_at = now + self.timing.detect_ns
 
     def _abandon(self, now: Instant, *, at_once: bool) -> None:
@@ -564,6 +601,8 @@ class MembershipEngine:
             return UNREACHABLE
         if any(member < proposer and self._remembers(member) for member in prepare.members):
             return UNREACHABLE  # that one should propose it
+        if any(self._waits(member) for member in prepare.members):
+            return WAIT  # a promise would stop the agents, and knocking would go on stopping them
         view = self.view
         if view is not None and view.quorate and not self.stopped and proposer not in view.members:
             for member in view.members:
@@ -670,14 +709,31 @@ class MembershipEngine:
             return
         self._epoch_seen = max(self._epoch_seen, status.promised.epoch)
         self._heard.add(peer.node)
-        mine = self.me.incarnation
-        if not self._gone and (status.known > mine or (status.known == mine and status.since < self._first_epoch)):
+        if status.known == self.me.incarnation and status.since < self._first_epoch:
             # Members come into views by promising only: an earlier life made that promise, and it is forgotten.
-            self._gone = True
-            self._persist(Forgotten(status.known))
-            self._out.emit.append(Outdated(status.known))
+            self._forget(status.known)
             return
-        self._learn(newest)
+        if not self._outdated(status.known):
+            self._learn(newest)
+
+    def _outdated(self, known: Incarnation) -> bool:
+        if known > self.me.incarnation:
+            self._forget(known)
+        return known > self.me.incarnation
+
+    def _forget(self, known: Incarnation) -> None:
+        """Others hold an incarnation of this node that it does not remember."""
+        if self._gone:
+            return
+        self._gone = True
+        self._attempt = None
+        self._persist(Forgotten(known))
+        self._out.emit.append(Outdated(known))
+
+    def _expel(self, member: NodeIncarnation) -> None:
+        """Every other member chooses its next view without it; not at the price of the quorum."""
+        if member != self.me and self.can_spare(member):
+            self._barred[member.node] = member.incarnation
 
     def _reform(self, peer: MemberId, reform: Reform) -> None:
         view = self.view

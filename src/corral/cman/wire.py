@@ -24,6 +24,7 @@ UNWILLING: Final = 2  # leaving or excluded
 UNREACHABLE: Final = 3  # the link to another member of the proposal is not up from here
 DISPLACING: Final = 4  # a newcomer's proposal leaves out a member of a quorate view that is well
 OUTDATED: Final = 5  # a later incarnation of the proposer is known
+WAIT: Final = 6  # a fence agent works on a node that this proposal would let in
 
 EPOCH_MAX: Final = 1 << 60  # a larger one is a peer's mistake: at a million views a second it takes 36,000 years
 EPOCH_JUMP_MAX: Final = 1 << 32  # nor does an epoch rise by this much between two meetings

@@ -8,7 +8,7 @@ are small integers; the runner knows what is behind them.
 from typing import Final, NamedTuple, final
 
 from corral.api.comm import QUEUE_BYTES_MAX, PeerDown, PeerUp
-from corral.base.ids import MemberId, NodeId
+from corral.base.ids import Incarnation, MemberId, NodeId
 from corral.base.time import MILLISECOND, SECOND, Nanoseconds
 
 
@@ -78,6 +78,14 @@ class Rejected(NamedTuple):
     def __str__(self) -> str:
         who = f"node {self.node}" if self.node is not None else "an unknown sender"
         return f"comm refused {who}: {self.kind} ({self.detail})"
+
+
+class Outdated(NamedTuple):
+    """A node of the cluster refuses this process as stale: it has met incarnation `known` of the own node, which is
+    higher. No peer that has will ever talk to this process."""
+
+    by: NodeId
+    known: Incarnation
 
 
 @final
@@ -190,4 +198,4 @@ class Counters:
         self._logged = {told for told in self._logged if told[1] != node}
 
 
-Action = Write | Shut | Connect | Abandon | Deliver | Rejected | PeerUp | PeerDown
+Action = Write | Shut | Connect | Abandon | Deliver | Rejected | Outdated | PeerUp | PeerDown

@@ -195,7 +195,8 @@ class CommEngine:
             detail = f"{wire.REFUSALS[code]}: member {hello.me}"
             if code not in (wire.REFUSE_WAIT, wire.REFUSE_SESSION, wire.REFUSE_SIDE):
                 self._shared.counters.reject(f"hello with {wire.REFUSALS[code]}", guest.node, detail)
-            refusal = wire.control(REFUSE, 0, 0, Refuse(code, self.me, detail))
+            known = session.peer.incarnation if session is not None and code == wire.REFUSE_INCARNATION else 0
+            refusal = wire.control(REFUSE, 0, 0, Refuse(code, self.me, detail, known))
             self.out.append(Write(connection, [refusal]))
             self.out.append(Shut(connection))
             if code == wire.REFUSE_SIDE and session is not None:

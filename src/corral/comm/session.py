@@ -36,10 +36,10 @@ from typing import Final, final
 
 from corral.api.comm import PeerDown, PeerUp
 from corral.base.errors import Busy, PeerError
-from corral.base.ids import MemberId
+from corral.base.ids import Incarnation, MemberId
 from corral.base.time import FOREVER, Instant
 from corral.comm import wire
-from corral.comm.actions import Abandon, Action, Connect, Counters, Deliver, Limits, Shut, Write
+from corral.comm.actions import Abandon, Action, Connect, Counters, Deliver, Limits, Outdated, Shut, Write
 from corral.comm.handshake import Identity, check_welcome, hello_from, printable, welcome_from
 from corral.comm.seal import Opener, Sealer, derive
 from corral.comm.wire import Close, Hello, Refuse, Welcome
@@ -521,6 +521,8 @@ class SessionEngine:
         if not summons_heard and body.code not in (wire.REFUSE_WAIT, wire.REFUSE_SESSION, wire.REFUSE_TARGET):
             self._shared.counters.reject(f"hello refused: {text}", peer.node, printable(body.reason))
         same_place = (body.me.node, body.me.serial) == (peer.node, peer.serial)
+        if body.code == wire.REFUSE_INCARNATION and same_place and not peer.serial:
+            self._outdated(body.known)
         if same_place and not peer.serial and body.me.incarnation > peer.incarnation:
             self._learn(now, body.me)
         elif body.code == wire.REFUSE_TARGET and not same_place:
@@ -530,6 +532,12 @@ class SessionEngine:
             self._end(now, f"the peer does not know the session: {text}", say=None)
         if self._retry_at == FOREVER:
             self._retry(now)
+
+    def _outdated(self, known: Incarnation) -> None:
+        """A node of the cluster, by its certificate, has met a later incarnation of this node."""
+        me = self._shared.identity.me
+        if me.serial == 0 and me.incarnation < known <= wire.KNOWN_MAX:
+            self._shared.out.append(Outdated(self.peer.node, known))
 
     def _learn(self, now: Instant, peer: MemberId) -> None:
         """The corrald of this node shows its incarnation, which may be a newer one (COMM-5: never an older)."""

@@ -18,6 +18,7 @@ TICKET_MAX: Final = 64
 KEY_HALF: Final = 32
 REASON_MAX: Final = 200  # characters of a sentence meant for a person
 NUMBER_MAX: Final = (1 << 63) - 1
+KNOWN_MAX: Final = 1 << 53  # a higher incarnation of ours that a peer claims to know is its mistake
 SERIAL_MAX: Final = (1 << 32) - 1
 
 Number = Annotated[int, msgspec.Meta(ge=0, le=NUMBER_MAX)]
@@ -106,11 +107,13 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=frame.
 
 
 class Refuse(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=frame.REFUSE):
-    """No session over this connection. `me` lets the caller learn a newer incarnation."""
+    """No session over this connection. `me` lets the caller learn a newer incarnation of whoever answers, `known` (with
+    INCARNATION, else 0) a newer one of its own node, which it has forgotten."""
 
     code: Number
     me: MemberId
     reason: Text
+    known: Number = 0
 
 
 class Close(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=frame.CLOSE):

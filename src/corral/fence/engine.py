@@ -499,7 +499,7 @@ class FenceEngine:
         elif isinstance(message, Attempting):
             self._peer_attempts(peer.node, message)
         elif isinstance(message, FencePlease):
-            self._hurry(now, message.victim)
+            self._pleased(now, message)
         elif isinstance(message, HistoryQuery):
             self._out.send.append((peer, HistoryReply(self._round.id, self._ledger.recent(HISTORY_REPLY_MAX))))
         else:
@@ -616,7 +616,7 @@ class FenceEngine:
             return
         member = self._members.get(event.victim.node)
         if member is not None and event.victim.incarnation in (ANY_INCARNATION, member.incarnation):
-            self._out.emit.append(ExpelNode(NodeIncarnation(member.node, member.incarnation), event.reason[:TEXT_MAX]))
+            self._expel(NodeIncarnation(member.node, member.incarnation), event.reason[:TEXT_MAX])
             return
         if not self._hurry(now, event.victim):
             self._refuse(
@@ -627,6 +627,22 @@ class FenceEngine:
             return
         assert self._round is not None
         self._broadcast(FencePlease(self._round.id, event.victim, event.reason[:TEXT_MAX]))
+
+    def _expel(self, member: NodeIncarnation, reason: str) -> None:
+        """Whoever coordinates the next view has to know, and every member may become the one that does."""
+        if member.node == self._me:
+            self._refuse(member, f"node {member.node} does not fence itself: ask another node")
+            return
+        assert self._round is not None
+        self._out.emit.append(ExpelNode(member, reason))
+        self._broadcast(FencePlease(self._round.id, member, reason))
+
+    def _pleased(self, now: Instant, message: FencePlease) -> None:
+        member = self._members.get(message.victim.node)
+        if member is None or member.incarnation != message.victim.incarnation:
+            self._hurry(now, message.victim)
+        elif member.node != self._me:
+            self._out.emit.append(ExpelNode(message.victim, message.reason))
 
     def _hurry(self, now: Instant, wanted: NodeIncarnation) -> bool:
         """End the delay of this victim, or make it one. Incarnation 0 means every victim of that node there is."""

@@ -6,7 +6,7 @@ from typing import Any, Final, final
 from corral.api.comm import PeerDown, PeerUp
 from corral.base.engine import Received
 from corral.base.errors import PeerError
-from corral.base.ids import MemberId, NodeId, NodeIncarnation
+from corral.base.ids import Incarnation, MemberId, NodeId, NodeIncarnation
 from corral.base.world import Store, World
 from corral.cman.events import (
     Accepted,
@@ -15,8 +15,11 @@ from corral.cman.events import (
     CleanlyStopped,
     ConnectivityChanged,
     Excluded,
+    Expel,
+    FencingNow,
     FlagsChanged,
     Installed,
+    KnownElsewhere,
     LeaseExtended,
     LeaseLapsed,
     Leave,
@@ -131,6 +134,15 @@ class Agreement:
 
     def proved(self, victim: NodeIncarnation) -> None:
         self._beating.feed(Proved(victim.node, victim.incarnation))
+
+    def outdated(self, known: Incarnation) -> None:
+        self._agreeing.feed(KnownElsewhere(known))
+
+    def fencing(self, nodes: frozenset[NodeId]) -> None:
+        self._agreeing.feed(FencingNow(nodes))
+
+    def expel(self, member: NodeIncarnation) -> None:
+        self._agreeing.feed(Expel(member))
 
     # -- what comes in
 

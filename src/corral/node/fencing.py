@@ -25,6 +25,7 @@ from corral.fence.engine import FenceEngine
 from corral.fence.events import (
     CancelAttempt,
     ExpelNode,
+    FenceRequest,
     ManualAck,
     Refused,
     RoundDone,
@@ -43,7 +44,9 @@ Transmit = Callable[[MemberId, int, bytes], None]
 @final
 class Fencing:
     """`done(round_id)`: the fence part of this node's start is over. `cut_off(victim, proven)`: that incarnation is no
-    danger any more; `proven` when none of its processes can act, so that its lease need not be waited for."""
+    danger any more; `proven` when none of its processes can act, so that its lease need not be waited for.
+    `fencing(nodes)`: on these an agent works, here or elsewhere; none may join meanwhile. `expel(member)`: leave that
+    member out of the next view, so that it can be fenced."""
 
     def __init__(
         self,
@@ -57,6 +60,8 @@ class Fencing:
         identities: Callable[[NodeIncarnation], list[ProcessId] | None],
         done: Callable[[int], None],
         cut_off: Callable[[NodeIncarnation, bool], None],
+        fencing: Callable[[frozenset[NodeId]], None],
+        expel: Callable[[NodeIncarnation], None],
         machine_id: str = "",
     ) -> None:
         self._world = world
@@ -65,6 +70,9 @@ class Fencing:
         self._view = view
         self._done = done
         self._cut_off = cut_off
+        self._fencing = fencing
+        self._expel = expel
+        self._worked_on: frozenset[NodeId] = frozenset()  # as last told
         self._last_refusal = ""
         self.engine: Final = FenceEngine(me.node, config)
         self.dropped = 0
@@ -77,14 +85,24 @@ class Fencing:
         )
         self._config = config
         self._agents = FenceAgents(
-            world, config, self._driver.feed, identities=identities, machine_id=machine_id, wanted=self._is_wanted
+            world, config, self._feed, identities=identities, machine_id=machine_id, wanted=self._is_wanted
         )
 
     def start(self, event: Start) -> None:
-        self._driver.feed(event)
+        self._feed(event)
 
     def stop(self) -> None:
-        self._driver.feed(Stop())
+        self._feed(Stop())
+
+    def _feed(self, event: Any) -> None:
+        self._driver.feed(event)
+        self._tell_fencing()
+
+    def _tell_fencing(self) -> None:
+        worked_on = frozenset(node for node in self._config.nodes if self.engine.fencing(node))
+        if worked_on != self._worked_on:
+            self._worked_on = worked_on
+            self._fencing(worked_on)
 
     async def close(self) -> None:
         self._driver.stop()
@@ -97,7 +115,7 @@ class Fencing:
             except PeerError:
                 self.dropped += 1
                 continue
-            self._driver.feed(Received(peer, message))
+            self._feed(Received(peer, message))
 
     def status(self) -> FenceStatus:
         return self.engine.status(self._world.now())
@@ -120,7 +138,14 @@ class Fencing:
     def acknowledge(self, node: NodeId, operator: str) -> None:
         """Raises ClusterError when nobody waits for that node to be fenced."""
         self._last_refusal = ""
-        self._driver.feed(ManualAck(NodeIncarnation(node, ANY_INCARNATION), operator, self._world.wall_seconds()))
+        self._feed(ManualAck(NodeIncarnation(node, ANY_INCARNATION), operator, self._world.wall_seconds()))
+        if self._last_refusal:
+            raise ClusterError(self._last_refusal)
+
+    def request(self, node: NodeId, reason: str) -> None:
+        """Have a node fenced that is a member, or ends its delay. Raises ClusterError when that makes no sense."""
+        self._last_refusal = ""
+        self._feed(FenceRequest(NodeIncarnation(node, ANY_INCARNATION), reason))
         if self._last_refusal:
             raise ClusterError(self._last_refusal)
 
@@ -129,6 +154,7 @@ class Fencing:
         return view is None or victim not in view.members
 
     def _emitted(self, event: object) -> None:
+        self._tell_fencing()
         if isinstance(event, RunAttempt | CancelAttempt):
             self._agents.handle(event)
         elif isinstance(event, RoundDone):
@@ -145,6 +171,7 @@ class Fencing:
         elif isinstance(event, FenceDeferred):
             self._chronicle.note("fence", f"fencing node {event.victim.node} is up to node {event.to}")
         elif isinstance(event, ExpelNode):
-            self._chronicle.note("fence", f"node {event.member.node} is a member: stop it to have it fenced")
+            self._chronicle.note("fence", f"node {event.member.node} is expelled to be fenced: {event.reason}")
+            self._expel(event.member)
         elif isinstance(event, Refused):
             self._last_refusal = event.text

@@ -159,6 +159,7 @@ class Node:
             cluster_uuid=_uuid_bytes(config.uuid),
             limits=Limits.for_detect(config.detect_ns, config.recover_ns),
             rejected=self._rejected,
+            outdated=lambda known: self.agreement.outdated(known),
         )
         self.lift = LiftEngine(self.me, world.process.me, config.node_ids, config.recover_ns, lift_state)
         self._lift_driver = Driver(
@@ -181,6 +182,8 @@ class Node:
             identities=self._identities,
             done=self._fence_done,
             cut_off=self._cut_off,
+            fencing=lambda nodes: self.agreement.fencing(nodes),
+            expel=self._expel,
             machine_id=self._machine_id,
         )
         self.warden = Warden(
@@ -300,6 +303,14 @@ class Node:
     def lease_until(self) -> Instant:
         return self.agreement.heartbeat.lease_until
 
+    def fence(self, node: NodeId, reason: str) -> None:
+        """Have a node fenced; a member is left out first. Raises ClusterError when that cannot or must not be."""
+        view = self.view
+        member = None if view is None else next((m for m in view.members if m.node == node), None)
+        if member is not None and node != self.node and not self.agreement.membership.can_spare(member):
+            raise ClusterError(f"without node {node} there is no quorum, and so nobody who may fence: add a node first")
+        self.fencing.request(node, reason)
+
     # -- cman speaks
 
     def _told(self, event: object) -> None:
@@ -413,6 +424,9 @@ class Node:
         if proven:
             self.agreement.proved(victim)
         self._lift_driver.feed(Fenced(victim))
+
+    def _expel(self, member: NodeIncarnation) -> None:
+        self.agreement.expel(member)
 
     def _identities(self, victim: NodeIncarnation) -> list[ProcessId] | None:
         """None when nothing is known of it. Incarnation 0: everything known of lives of that node that are over."""

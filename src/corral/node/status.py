@@ -24,6 +24,7 @@ class Answers:
             "fence.status": self._fence,
             "fence.ack": self._fence_ack,
             "fence.check": self._fence_check,
+            "fence.node": self._fence_node,
             "groups": self._groups,
             "history": self._history,
             "leave": self._leave,
@@ -119,6 +120,15 @@ class Answers:
         if not isinstance(operator, str) or len(operator) > 200:
             raise ClusterError("the operator's word has at most 200 characters")
         self._node.fencing.acknowledge(victim, operator or "acknowledged")
+        return None
+
+    def _fence_node(self, arguments: Arguments) -> Any:
+        victim, reason = arguments.get("node"), arguments.get("reason", "")
+        if not isinstance(victim, int) or isinstance(victim, bool):
+            raise ClusterError("fence node needs the id of a node")
+        if not isinstance(reason, str) or len(reason) > 200:
+            raise ClusterError("the reason has at most 200 characters")
+        self._node.fence(victim, reason or "an operator asked for it")
         return None
 
     def _fence_check(self, _arguments: Arguments) -> Any:

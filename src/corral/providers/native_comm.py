@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import Final, final
 
 from corral.api.comm import PeerDown, PeerUp
-from corral.base.ids import MemberId, NodeId
+from corral.base.ids import Incarnation, MemberId, NodeId
 from corral.base.time import FOREVER
 from corral.base.world import Buffer, Connection, DatagramSocket, Listener, Timer, World
-from corral.comm.actions import Abandon, Action, Connect, Deliver, Limits, Rejected, Shut, Write
+from corral.comm.actions import Abandon, Action, Connect, Deliver, Limits, Outdated, Rejected, Shut, Write
 from corral.comm.engine import CommEngine, Statistics
 from corral.comm.handshake import Identity
 from corral.comm.seal import PAYLOAD_MAX
@@ -77,7 +77,8 @@ class _Wire:
 @final
 class NativeComm:
     """`cluster` and `cluster_uuid` are compared in every hello; `ticket` is what announced this participant (empty for
-    a corrald). `rejected` hears of peers' mistakes, once per kind and node."""
+    a corrald). `rejected` hears of peers' mistakes, once per kind and node; `outdated` that a node of the cluster knows
+    a higher incarnation of this corrald and will not talk to it."""
 
     def __init__(
         self,
@@ -89,11 +90,13 @@ class NativeComm:
         limits: Limits,
         ticket: bytes = b"",
         rejected: Callable[[Rejected], None] | None = None,
+        outdated: Callable[[Incarnation], None] | None = None,
     ) -> None:
         self.me: Final = me
         self._world = world
         self._engine = CommEngine(Identity(cluster, cluster_uuid, me, ticket), limits)
         self._rejected = rejected
+        self._outdated = outdated
         self._ports: dict[int, DeliverTo] = {}
         self._watchers: list[Callable[[PeerUp | PeerDown], None]] = []
         self._rest: Callable[[MemberId, int, int, list[bytes]], None] | None = None
@@ -371,6 +374,8 @@ class NativeComm:
                 connection.close()
         elif isinstance(action, Rejected) and self._rejected is not None:
             self._rejected(action)
+        elif isinstance(action, Outdated) and self._outdated is not None:
+            self._outdated(action.known)
 
     def _tell(self, change: PeerUp | PeerDown) -> None:
         if isinstance(change, PeerDown):

@@ -11,8 +11,11 @@ from corral.cman.events import (
     Active,
     CleanlyStopped,
     Excluded,
+    Expel,
+    FencingNow,
     FlagsChanged,
     Installed,
+    KnownElsewhere,
     Leave,
     Left,
     Outdated,
@@ -20,12 +23,14 @@ from corral.cman.events import (
     ServicesStopped,
     Stop,
 )
+from corral.cman.state import recover
 from corral.cman.wire import (
     ATTACHMENT_MAX,
     DISPLACING,
     EPOCH_MAX,
     PROMISED,
     UNREACHABLE,
+    WAIT,
     WILLING,
     Accept,
     AcceptedView,
@@ -534,6 +539,101 @@ def test_a_promise_of_this_life_does_not_explain_an_older_view() -> None:
     bench = Bench().whole()
     bench.hear(2, 1, Status(ViewId(1, 1), ViewId(1, 1), None, 10, 0))
     assert bench.take(2, Outdated) == [Outdated(10)]
+
+
+def test_a_higher_incarnation_that_comm_hears_of_ends_this_life() -> None:
+    """Its hellos are refused, so no Status will ever tell it."""
+    bench = Bench()
+    bench.start(2)
+    bench.step(2, KnownElsewhere(10))
+    assert bench.take(2, Outdated) == []
+    bench.step(2, KnownElsewhere(12), KnownElsewhere(13))
+    assert bench.take(2, Outdated) == [Outdated(12)]
+    assert bench.logs[2][-1] == Forgotten(12)
+    after = recover(bench.logs[2])
+    assert (after.next_incarnation(0), after.record) == (13, None), "above it, and without memory"
+
+
+# --- fencing ---------------------------------------------------------------------------------------------------------
+
+
+def joiner_3(*fencing: int) -> Bench:
+    """1 and 2 are a view; 3 comes back while those nodes know that an agent works on it."""
+    bench = Bench()
+    bench.start(1, 2)
+    bench.link_all()
+    bench.sleep()
+    for node in fencing:
+        bench.step(node, FencingNow(frozenset({3})))
+    bench.start(3, incarnation=11)
+    bench.link_all()
+    bench.sleep(TIMING.recover_ns)
+    return bench
+
+
+def test_a_node_that_an_agent_works_on_joins_when_it_has_ended() -> None:
+    bench = joiner_3(1, 2)
+    assert bench.installed(1).view == View(ViewId(1, 1), lives(1, 2), True), "nothing stopped the agent"
+    for node in (1, 2):
+        bench.step(node, FencingNow(frozenset()))
+    bench.sleep()
+    assert bench.installed(2).view.members == (life(1), life(2), life(3, 11))
+
+
+def test_a_joiner_that_coordinates_is_told_to_wait() -> None:
+    bench = Bench()
+    bench.start(2, 3)
+    bench.link_all()
+    bench.sleep()
+    for node in (2, 3):
+        bench.step(node, FencingNow(frozenset({1})))
+    bench.start(1)
+    bench.link((1, 2), (1, 3))
+    bench.hear(2, 1, Prepare(9, lives(1, 2, 3)))
+    assert nack_of(bench, 2).reason == WAIT
+    bench.sleep(2 * TIMING.recover_ns)
+    assert bench[2].view is not None
+    assert bench[2].view.id.epoch == 1, "its knocking stopped nobody"
+    for node in (2, 3):
+        bench.step(node, FencingNow(frozenset()))
+    bench.sleep(2 * TIMING.detect_ns)
+    assert bench[2].view.nodes == (1, 2, 3)
+
+
+def test_fencing_an_earlier_life_removes_no_member() -> None:
+    bench = Bench().whole()
+    for node in (1, 2, 3):
+        bench.step(node, FencingNow(frozenset({3})))
+    bench.sleep(TIMING.recover_ns)
+    bench.peer_down(1, 2)  # the same members agree anew
+    bench.link((1, 2))
+    bench.sleep(TIMING.recover_ns)
+    view = bench[1].view
+    assert view is not None
+    assert (view.id.epoch > 1, view.nodes) == (True, (1, 2, 3))
+
+
+@pytest.mark.parametrize("victim", [1, 3], ids=["the coordinator", "another"])
+def test_an_expelled_member_is_left_out_and_comes_back_as_another_life(victim: int) -> None:
+    bench = Bench().whole()
+    for node in (1, 2, 3):
+        bench.step(node, Expel(life(victim)))
+    bench.sleep(TIMING.recover_ns)
+    view = bench[2].view
+    assert view is not None
+    assert view.nodes == tuple(node for node in (1, 2, 3) if node != victim)
+    assert len(bench.take(victim, Excluded)) == 1
+
+
+def test_no_member_is_expelled_at_the_price_of_the_quorum() -> None:
+    bench = Bench()
+    bench.start(1, 2)
+    bench.link_all()
+    bench.sleep()
+    assert not bench[1].can_spare(life(2))
+    bench.step(1, Expel(life(2)))
+    bench.sleep(TIMING.recover_ns)
+    assert bench.installed(1).view.nodes == (1, 2)
 
 
 # --- leaving ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from corral.api.comm import PeerDown, PeerUp
 from corral.base.errors import Busy
 from corral.base.ids import MemberId
 from corral.base.time import MILLISECOND, SECOND
-from corral.comm.actions import Deliver, Limits
+from corral.comm import wire
+from corral.comm.actions import Connect, Deliver, Limits, Outdated
 from corral.wire.frame import ACK, REFUSE, USER_PORT_MIN, pack_header, parse
 from tests.unit.comm.rig import DETECT, Host, Rig, hello, kinds
 
@@ -404,3 +405,41 @@ def test_frames_of_a_pure_ack_have_no_body(rig: Rig) -> None:
     rig.run(50 * MILLISECOND)
     assert kinds(heard) == [1, ACK]
     assert parse(heard[-1]).ack == 1
+
+
+@pytest.mark.parametrize("forgetful", [1, 2], ids=["the caller", "the called side"])
+def test_a_node_whose_incarnation_went_back_is_told_the_one_others_know(rig: Rig, forgetful: int) -> None:
+    """Without memory and with a clock that went back it would knock for ever."""
+    one, two = rig.pair(incarnation=7)
+    rig.run(SECOND)
+    old, other = (one, two) if forgetful == 1 else (two, one)
+    rig.kill(old)
+    again = rig.host(forgetful, incarnation=3)
+    again.engine.add_node(rig.now, other.member.node, other.address)
+    rig.act(again)
+    rig.run(2 * SECOND)
+    told = [event for event in again.log if isinstance(event, Outdated)]
+    assert told[:1] == [Outdated(other.member.node, 7)]
+    assert other.engine.session_of(again.member) is None, "COMM-5"
+
+
+@pytest.mark.parametrize(
+    ("code", "answerer", "known"),
+    [
+        (wire.REFUSE_INCARNATION, MemberId(2, 1, 0), 1),
+        (wire.REFUSE_INCARNATION, MemberId(2, 1, 0), wire.KNOWN_MAX + 1),
+        (wire.REFUSE_INCARNATION, MemberId(2, 1, 4), 9),
+        (wire.REFUSE_INCARNATION, MemberId(3, 1, 0), 9),
+        (wire.REFUSE_WAIT, MemberId(2, 1, 0), 9),
+    ],
+    ids=["no higher one", "beyond any clock", "a participant", "another node", "another reason"],
+)
+def test_a_refusal_that_proves_nothing_outdates_nobody(rig: Rig, code: int, answerer: MemberId, known: int) -> None:
+    one = rig.host(1)
+    one.engine.add_node(rig.now, 2, "n2.0")
+    (connect,) = [action for action in one.engine.out if isinstance(action, Connect)]
+    one.engine.connected(rig.now, connect.attempt, 90, bytes(32))
+    refusal = wire.control(REFUSE, 0, 0, wire.Refuse(code, answerer, "", known))
+    one.engine.received(rig.now, 90, [refusal])
+    rig.act(one)
+    assert not [event for event in one.log if isinstance(event, Outdated)]

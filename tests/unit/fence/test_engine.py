@@ -463,6 +463,17 @@ def test_a_request_against_a_member_expels_it_first() -> None:
     b.start(2, [ONE, TWO, THREE])
     assert b.step(FenceRequest(life(3, 0), "hangs")) == [ExpelNode(THREE, "hangs")]
     assert not b.count(RunAttempt)
+    assert b.take(FencePlease) == [(2, FencePlease(2, THREE, "hangs")), (3, FencePlease(2, THREE, "hangs"))]
+
+
+def test_every_member_but_the_victim_hears_whom_to_leave_out() -> None:
+    please = FencePlease(2, THREE, "hangs")
+    other, victim = bench(2), bench(3)
+    for b in (other, victim):
+        b.start(2, [ONE, TWO, THREE])
+    assert other.receive(1, please) == [ExpelNode(THREE, "hangs")]
+    assert victim.receive(1, please) == []
+    assert isinstance(only(victim.step(FenceRequest(life(3, 0), "me")), Refused), Refused), "it asks another node"
 
 
 def test_a_request_ends_the_delay_everywhere() -> None:
