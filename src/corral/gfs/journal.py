@@ -174,6 +174,7 @@ class Journal:
     def free(self, number: int, meta: Meta | None = None) -> None:
         """A metadata block was freed in this step: it must not be replayed any more."""
         if meta is not None:
+            self.add(meta)  # its glock leaves only after the commit that says so, though no image goes into that
             meta.freed = True
         entry = self.logged.pop(number, None)
         if entry is not None:

@@ -3,7 +3,7 @@
 import errno
 
 import pytest
-from tests.unit.gfs.mounted import ME, Mounted
+from tests.unit.gfs.mounted import ME, O_RDONLY, Mounted
 
 from corral.gfs.glock import EX
 from corral.gfs.inode import Inode
@@ -24,4 +24,23 @@ def test_a_freed_dinode_is_no_file_before_its_commit_is_durable_either() -> None
     with pytest.raises(OSError, match="stale") as caught:
         m.run(m.fs.hold(late, EX))
     assert caught.value.errno == errno.ESTALE
+    m.unmount_clean()
+
+
+def test_the_lock_of_a_freed_inode_leaves_only_after_the_commit_that_freed_it() -> None:
+    # Else the next holder finds the dinode as it was, and frees what is free already.
+    m = Mounted()
+    m.touch("file")
+    number = m.ino("file")
+    opened = m.run(m.fs.open(number, O_RDONLY, ME))
+    m.run(m.fs.unlink(1, b"file", ME))
+    m.run(m.fs.sync())
+    m.run(m.fs.journal.checkpoint())
+    m.run(m.fs.journal.checkpoint())
+    glock = m.fs.inodes[number].glock
+    assert not glock.logged
+    m.run(m.fs.release(number, opened.handle, None))
+    assert m.fs.journal.ended == {number}
+    m.run(m.fs.journal.handover(glock))
+    assert m.fs.journal.ended == set()
     m.unmount_clean()
