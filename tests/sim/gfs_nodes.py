@@ -25,6 +25,7 @@ from tests.unit.gfs.world import BLOCK, Future, MemoryDisk, Timer, World
 ME = Caller(0, 0, 1)
 BLOCKS = 8192
 NODES = 3
+SMALL = 16  # files
 RECORD = struct.Struct("<II56x")
 F_WRLCK = 1
 F_UNLCK = 2
@@ -236,6 +237,7 @@ class Acknowledged:
         self.records: dict[tuple[int, int], bool] = {}
         self.count = 0
         self.names: dict[bytes, bool] = {}
+        self.small: dict[bytes, set[tuple[int, int]]] = {}
         self.operations = 0
 
 
@@ -248,8 +250,10 @@ async def worker(cluster: Cluster, node: Node, done: Acknowledged, rng: Random, 
     appender = await filesystem.open(log, 1, ME)
     counting = await filesystem.open(counter, 2, ME)
     for number in range(rounds):
-        kind = rng.randrange(4)
-        if kind == 0:
+        kind = rng.choice([0, 0, 1, 1, 2, 2, 3, 4, 4, 4, 4, 4])
+        if kind == 4:
+            await pass_on(filesystem, done, rng, identity, number)
+        elif kind == 0:
             record = RECORD.pack(identity, number)
             await filesystem.write(log, appender.handle, 0, record, append=True, from_cache=False, kill_suidgid=False)
             await filesystem.fsync(log, appender.handle, data_only=True)
@@ -289,6 +293,18 @@ async def worker(cluster: Cluster, node: Node, done: Acknowledged, rng: Random, 
     await filesystem.release(counter, counting.handle, identity)
 
 
+async def pass_on(filesystem: GfsFilesystem, done: Acknowledged, rng: Random, identity: int, number: int) -> None:
+    """A record in one of many small files, each touched now here, now there, and then left alone for a while."""
+    name = b"small%d" % rng.randrange(SMALL)
+    ino = (await filesystem.lookup(ROOT, name, ME)).ino
+    opened = await filesystem.open(ino, 1, ME)
+    record = RECORD.pack(identity, number)
+    await filesystem.write(ino, opened.handle, 0, record, append=True, from_cache=False, kill_suidgid=False)
+    await filesystem.fsync(ino, opened.handle, data_only=False)
+    done.small.setdefault(name, set()).add((identity, number))
+    await filesystem.release(ino, opened.handle, None)
+
+
 async def concurrent(cluster: Cluster, rng: Random, rounds: int, *, kill: bool) -> int:
     await cluster.begin()
     first = cluster.nodes[0].filesystem
@@ -297,6 +313,8 @@ async def concurrent(cluster: Cluster, rng: Random, rounds: int, *, kill: bool) 
     await first.write(entry.ino, opened.handle, 0, bytes(8), append=False, from_cache=False, kill_suidgid=False)
     await first.release(entry.ino, opened.handle, None)
     await first.mkdir(ROOT, b"shared", 0o755, ME)
+    for index in range(SMALL):
+        await first.mknod(ROOT, b"small%d" % index, 0o100644, 0, ME)
     await first.sync()
     done = Acknowledged()
     workers = [
@@ -304,12 +322,12 @@ async def concurrent(cluster: Cluster, rng: Random, rounds: int, *, kill: bool) 
         for node in cluster.nodes
     ]
     if kill:
-        await _sleep(cluster.world, rng.randrange(50, 1500))
+        await _sleep(cluster.world, rng.randrange(200, 1200))
         victim = rng.choice(cluster.nodes)
         failed = cluster.kill(victim)
         await _sleep(cluster.world, rng.randrange(1, 100))
         await cluster.recover(failed, [])
-        await _sleep(cluster.world, rng.randrange(1, 200))
+        await _sleep(cluster.world, rng.choice([rng.randrange(1, 200), rng.randrange(1000, 6000)]))
         await victim.mount()
         await cluster.recover([], [victim])
         again = worker(cluster, victim, done, Random(rng.random()), rounds // 2, 10 + victim.slot)
@@ -342,6 +360,14 @@ async def judge(node: Node, done: Acknowledged) -> None:
     await filesystem.release(counter, opened.handle, None)
     if not done.count <= value <= done.count + 1:
         raise ViolationError(f"NODES-COUNT {value} after {done.count} acknowledged")
+    for name, wanted in sorted(done.small.items()):
+        ino = (await filesystem.lookup(ROOT, name, ME)).ino
+        opened = await filesystem.open(ino, 0, ME)
+        content = b"".join(bytes(part) for part in await filesystem.read(ino, opened.handle, 0, 1 << 20))
+        await filesystem.release(ino, opened.handle, None)
+        there = {RECORD.unpack_from(content, at) for at in range(0, len(content), RECORD.size)}
+        if not wanted <= there:
+            raise ViolationError(f"NODES-SMALL {name!r} lost {sorted(wanted - there)[:5]}")
     shared = (await filesystem.lookup(ROOT, b"shared", ME)).ino
     names = {entry.name for entry in await filesystem.readdir(shared, 0, 0, 1 << 20, plus=False)}
     lost = {name for name, sure in done.names.items() if sure} - names
@@ -353,12 +379,12 @@ async def _sleep(world: World, steps: int) -> None:
     await world.sleep_until(world.now() + steps)
 
 
-def run(seed: int, operations: int = 160) -> dict[str, Any]:
-    """Raises ViolationError with the seed."""
+def run(seed: int, operations: int = 160, kind: str = "") -> dict[str, Any]:
+    """`kind` is drawn unless given. Raises ViolationError with the seed."""
     rng = Random(seed)
     world = World(Random(seed + 1), delay=True)
     cluster = Cluster(world, rng)
-    kind = rng.choice(["sequential", "concurrent", "kill"])
+    kind = kind or rng.choice(["sequential", "concurrent", "kill"])
     try:
         if kind == "sequential":
             count = world.run(sequential(cluster, rng, operations))
@@ -366,6 +392,8 @@ def run(seed: int, operations: int = 160) -> dict[str, Any]:
             count = world.run(concurrent(cluster, rng, operations // 4, kill=kind == "kill"))
     except ViolationError as error:
         raise ViolationError(f"{error} (seed {seed}, {kind})") from error
+    finally:
+        world.abandon()
     return {"seed": seed, "kind": kind, "operations": count, "blasts": cluster.manager.blasts}
 
 

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from corral.gfs import replay
-from corral.gfs.data import DataCache
+from corral.gfs.data import DataCache, FileData
 from corral.gfs.device import Device
 from corral.gfs.journal import Journal
+from corral.gfs.recovery import Recovery
 from corral.gfs.rgrp import Rgrp
-from corral.gfs.volume import Space
+from corral.gfs.volume import Space, Volume
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -113,6 +114,62 @@ def lost_write_back(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DataCache, "_collect", careless)
 
 
+def keep_stale_caches(patch: pytest.MonkeyPatch) -> None:
+    """A glock goes to UN and what it protected stays cached."""
+
+    def keep(self: Volume, glock: Any) -> None:
+        return
+
+    patch.setattr(Volume, "_forget_cached", keep)
+
+
+def hand_over_nothing(patch: pytest.MonkeyPatch) -> None:
+    """A glock leaves EX with its metadata still in memory and in the journal only."""
+
+    async def lazy(self: Journal, glock: Any) -> None:
+        glock.dirty = 0
+        glock.logged.clear()
+
+    patch.setattr(Journal, "handover", lazy)
+
+
+def hand_over_without_data(patch: pytest.MonkeyPatch) -> None:
+    """A glock leaves EX before the file data written under it is on the device."""
+
+    async def lose(self: DataCache, data: FileData) -> None:
+        data.cut(0)
+
+    patch.setattr(DataCache, "write_clean", lose)
+
+
+def hand_over_without_revokes(patch: pytest.MonkeyPatch) -> None:
+    """Images of blocks that another node owns now stay replayable in our journal."""
+
+    async def lazy(self: Journal, glocks: Any) -> None:
+        numbers = sorted(set().union(*(glock.logged for glock in glocks)))
+        await self._put_in_place([number for number in numbers if number in self.pending])
+        for glock in glocks:
+            glock.logged.clear()
+
+    patch.setattr(Journal, "_hand_over", lazy)
+
+
+def no_replay(patch: pytest.MonkeyPatch) -> None:
+    """The gate opens without the dead node's journal."""
+
+    async def skip(self: Recovery, slot: int) -> None:
+        return
+
+    patch.setattr(Recovery, "_recover", skip)
+
+
+NODE_PLANTS: dict[str, Plant] = {
+    "keep_stale_caches": keep_stale_caches,
+    "hand_over_nothing": hand_over_nothing,
+    "hand_over_without_data": hand_over_without_data,
+    "hand_over_without_revokes": hand_over_without_revokes,
+    "no_replay": no_replay,
+}
 PLANTS: dict[str, Plant] = {
     "commit_without_flush": commit_without_flush,
     "data_after_commit": data_after_commit,

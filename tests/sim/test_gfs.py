@@ -6,7 +6,8 @@ from corral.gfs.format import BlockDamaged
 from corral.gfs.replay import JournalDamaged
 from corral.gfs.superblock import Refused
 from tests.sim import gfs_crash, gfs_nodes
-from tests.sim.gfs_plants import PLANTS
+from tests.sim.gfs_plants import NODE_PLANTS, PLANTS
+from tests.unit.gfs.world import StuckError
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -37,3 +38,17 @@ def caught(seed: int) -> bool:
 def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     PLANTS[name](monkeypatch)
     assert any(caught(seed) for seed in range(50))
+
+
+def caught_by_nodes(seed: int) -> bool:
+    try:
+        gfs_nodes.run(seed, kind="kill")
+    except (AssertionError, BlockDamaged, JournalDamaged, OSError, StuckError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", sorted(NODE_PLANTS))
+def test_a_bug_planted_between_nodes_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    NODE_PLANTS[name](monkeypatch)
+    assert any(caught_by_nodes(seed) for seed in range(50))
