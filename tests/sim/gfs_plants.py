@@ -11,7 +11,8 @@ from corral.gfs.device import Device
 from corral.gfs.journal import Journal
 from corral.gfs.recovery import Recovery
 from corral.gfs.rgrp import Rgrp
-from corral.gfs.volume import Space, Volume
+from corral.gfs.space import Space
+from corral.gfs.volume import Volume
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 

@@ -71,6 +71,8 @@ SYNCING: Final = 3
 
 EAGAIN: Final = -11
 MIN_HOLD_NS: Final = 2 * MILLISECOND
+MAX_HOLD_NS: Final = 20 * MILLISECOND
+COST_SHARE: Final = 8  # a new cost of demotion counts for one part in so many
 
 
 @final
@@ -97,6 +99,7 @@ class Glock:
         "blocked",
         "cached",
         "demote",
+        "demoted_at",
         "dirty",
         "drop",
         "forgotten",
@@ -123,6 +126,7 @@ class Glock:
         self.holders = 0
         self.queue: list[Holder] = []
         self.demote = EX
+        self.demoted_at: Instant = 0
         self.blocked = False
         self.drop = False
         self.forgotten = False  # not in the table any more: whoever still has it asks the table again
@@ -152,6 +156,7 @@ class GlockTable:
     """
 
     __slots__ = (
+        "cost_ns",
         "counts",
         "deadline",
         "gate_closed",
@@ -167,6 +172,7 @@ class GlockTable:
     def __init__(self, *, local: bool, min_hold_ns: int = MIN_HOLD_NS) -> None:
         self.local = local
         self.min_hold_ns = min_hold_ns
+        self.cost_ns = 0  # what giving up EX on an inode or resource group took lately
         self.glocks: dict[tuple[int, int], Glock] = {}
         self.gate_closed = False
         self.requests: list[tuple[Glock, Request]] = []
@@ -297,12 +303,19 @@ class GlockTable:
                 glock.blocked = False
             return
         glock.gated = self.gate_closed and not glock.request_flags & NOEXP
-        glock.hold_until = now + self.min_hold_ns
+        glock.hold_until = now + self._hold_ns(glock)
         if glock.demote < EX:
             # Asked back before it was here: the holder it was fetched for goes first, then it leaves.
             self.timed[glock.kind, glock.number] = glock
             self.deadline = min(self.deadline, glock.hold_until)
             glock.blocked = False
+
+    def _hold_ns(self, glock: Glock) -> int:
+        """Nodes that take turns on a directory should spend no more time on handing it over than on using it: it is
+        kept for as long as giving it up took lately."""
+        if not self.min_hold_ns or glock.kind not in (INODE, RGRP):
+            return self.min_hold_ns
+        return max(self.min_hold_ns, min(self.cost_ns, MAX_HOLD_NS))
 
     def _refused(self, glock: Glock, status: int) -> None:
         """NOQUEUE failed, or the lock manager gave up."""
@@ -355,6 +368,8 @@ class GlockTable:
         assert glock.phase == SYNCING
         assert glock.holders == 0, "GFS-2"
         assert glock.dirty == 0, "GFS-2"
+        if glock.state == EX and glock.kind in (INODE, RGRP):
+            self.cost_ns += (now - glock.demoted_at - self.cost_ns) // COST_SHARE
         glock.target = target
         glock.phase = REQUEST
         if self.local or not glock.handle:
@@ -395,7 +410,7 @@ class GlockTable:
             return
         if glock.blocked:
             if glock.holders == 0:
-                self._demote(glock)
+                self._demote(now, glock)
             return
         queue = glock.queue
         if self.gate_closed:
@@ -415,10 +430,11 @@ class GlockTable:
             head.granted = True
             self.grants.append(head)
 
-    def _demote(self, glock: Glock) -> None:
+    def _demote(self, now: Instant, glock: Glock) -> None:
         self.counts["demotions"] += 1
         self.timed.pop((glock.kind, glock.number), None)
         glock.phase = INVALIDATING
+        glock.demoted_at = now
         glock.target = glock.demote
         self.syncs.append((glock, glock.demote))
 

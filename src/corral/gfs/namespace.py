@@ -1,11 +1,8 @@
-"""Operations on names: lookup, create and its kin, link, unlink, rename, readdir; freeing what lost its last name."""
+"""Operations on names: lookup, create and its kin, link, unlink. The rest: renames, listing, references."""
 
-from contextlib import suppress
 from errno import (
-    EAGAIN,
     EEXIST,
     EINVAL,
-    EIO,
     EISDIR,
     EMLINK,
     ENAMETOOLONG,
@@ -17,21 +14,19 @@ from errno import (
 )
 from typing import Final
 
-from corral.api.gfs import Caller, Dirent, Entry
+from corral.api.gfs import Caller, Entry
 from corral.base.time import MILLISECOND
 from corral.gfs import format as fmt
-from corral.gfs.directory import Directory, Found, Listed
+from corral.gfs.directory import Directory, Found
 from corral.gfs.format import BlockDamaged, name_hash
-from corral.gfs.glock import EX, INODE, IOPEN, NOEXP, NONDISK, NONDISK_RENAME, SH, TRY, TRY_CALLBACK, Glock
+from corral.gfs.glock import EX, INODE, IOPEN, SH, TRY, TRY_CALLBACK, Glock
 from corral.gfs.inode import S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, Inode
+from corral.gfs.references import References
 from corral.gfs.rgrp import Rgrp
-from corral.gfs.volume import FOREVER_VALID, Volume
+from corral.gfs.volume import FOREVER_VALID
 
-RENAME_NOREPLACE: Final = 1
-RENAME_EXCHANGE: Final = 2
 LINK_MAX: Final = (1 << 32) - 2
 S_ISGID: Final = 0o2000
-READ_CLUSTER: Final = 256  # blocks: neighbouring dinodes read at once
 BUSY_MAX: Final = 16  # free blocks tried for a dinode whose glocks are elsewhere, before the group is let go
 BUSY_PAUSE: Final = MILLISECOND
 AHEAD_MIN: Final = 8  # glocks of future dinodes under way or at hand, below which more are asked for
@@ -49,7 +44,7 @@ def check_name(name: bytes) -> None:
         raise OSError(EINVAL, "not a file name")
 
 
-class Namespace(Volume):
+class Namespace(References):
     """The part of the filesystem that reads and changes directories."""
 
     # --- replies -----------------------------------------------------------------------------------------------------
@@ -376,7 +371,7 @@ class Namespace(Volume):
                 raise OSError(ENOENT, "no such file or directory")
             child = await self.hold_named(found.number, found.formal, EX)
             try:
-                _check_kind(child, directory_wanted)
+                check_kind(child, directory_wanted)
                 await self._remove_name(inode, directory, name, hashed, child)
             finally:
                 self.drop(child, EX)
@@ -408,361 +403,8 @@ class Namespace(Volume):
             self.count_blocks(0, -1)
         self.touch(child)
 
-    # --- renaming ----------------------------------------------------------------------------------------------------
 
-    async def rename(
-        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, caller: Caller
-    ) -> None:
-        check_name(name)
-        check_name(new_name)
-        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
-            raise OSError(EINVAL, "rename flags not supported")
-        await self.throttle()
-        source, target = self.known(parent), self.known(new_parent)
-        if source is target:
-            await self._rename_locked(name, new_name, flags, [source], source, target, set(), set())
-            return
-        glock = self.locks.table.get(NONDISK, NONDISK_RENAME)
-        await self.locks.hold(glock, EX)
-        try:
-            # Under the rename glock no directory gets another parent, so what is found here stays true.
-            above_source = {inode.number for inode in await self.ancestors(source)}
-            above_target = {inode.number for inode in await self.ancestors(target)}
-            order = [source, target] if source.number < target.number else [target, source]
-            if target.number in above_source:
-                order = [target, source]
-            elif source.number in above_target:
-                order = [source, target]
-            await self._rename_locked(name, new_name, flags, order, source, target, above_source, above_target)
-        finally:
-            self.locks.drop(glock, EX)
-
-    async def ancestors(self, inode: Inode) -> list[Inode]:
-        """From the parent up to the root."""
-        out: list[Inode] = []
-        number = inode.number
-        current = inode
-        while number != self.root:
-            await self.hold(current, SH)
-            up, formal, is_directory = current.parent, current.parent_formal, current.is_directory
-            self.drop(current, SH)
-            if not is_directory:
-                raise OSError(ENOTDIR, "not a directory")
-            if len(out) > 10_000 or not up:
-                raise self.damage(BlockDamaged(inode.number, "has no path to the root"), "directory")
-            current, number = self.inode(up, formal), up
-            out.append(current)
-        return out
-
-    async def _rename_locked(
-        self,
-        name: bytes,
-        new_name: bytes,
-        flags: int,
-        order: list[Inode],
-        source: Inode,
-        target: Inode,
-        above_source: set[int],
-        above_target: set[int],
-    ) -> None:
-        """`order`: the parents in the order they are to be locked (one when they are the same)."""
-        held: list[Inode] = []
-        victim: Inode | None = None
-        try:
-            for directory in order:
-                await self.hold(directory, EX)
-                held.append(directory)
-            moved, replaced = await self._rename_find(source, name, target, new_name)
-            if flags & RENAME_NOREPLACE and replaced is not None:
-                raise OSError(EEXIST, "file exists")
-            if flags & RENAME_EXCHANGE and replaced is None:
-                raise OSError(ENOENT, "nothing to exchange with")
-            formals = {child.number: child.formal for child in (moved, replaced) if child}
-            children: dict[int, Inode] = {}
-            # A directory below itself, or one put in the place of its own ancestor.
-            if moved.number == target.number or moved.number in above_target:
-                raise OSError(EINVAL, "a directory cannot move below itself")
-            if replaced is not None and (replaced.number == source.number or replaced.number in above_source):
-                raise OSError(EINVAL if flags & RENAME_EXCHANGE else ENOTEMPTY, "the target contains the source")
-            for number in sorted(formals):
-                children[number] = await self.hold_named(number, formals[number], EX)
-                held.append(children[number])
-            child = children[moved.number]
-            if replaced is None:
-                await self._rename_to_free(source, name, target, new_name, child)
-            elif replaced.number == moved.number:
-                return  # two names of one file: nothing to do
-            elif flags & RENAME_EXCHANGE:
-                await self._rename_exchange(source, name, target, new_name, child, children[replaced.number])
-            else:
-                victim = children[replaced.number]
-                await self._rename_over(source, name, target, new_name, child, victim)
-        finally:
-            for inode in reversed(held):
-                self.drop(inode, EX)
-        if victim is not None and not victim.nlink:
-            await self.reclaim(victim)
-
-    async def _rename_find(
-        self, source: Inode, name: bytes, target: Inode, new_name: bytes
-    ) -> tuple[Found, Found | None]:
-        if source.directory is None or target.directory is None:
-            raise OSError(ENOTDIR, "not a directory")
-        if not source.nlink or not target.nlink:
-            raise OSError(ENOENT, "the directory was removed")
-        await self.prepare(source.directory, name_hash(name))
-        await self.prepare(target.directory, name_hash(new_name))
-        moved = source.directory.find(name, name_hash(name))
-        if moved is None:
-            raise OSError(ENOENT, "no such file or directory")
-        return moved, target.directory.find(new_name, name_hash(new_name))
-
-    async def _rename_to_free(self, source: Inode, name: bytes, target: Inode, new_name: bytes, child: Inode) -> None:
-        assert source.directory is not None
-        assert target.directory is not None
-        hashed = name_hash(new_name)
-        space = await self.space(target.directory.growth(new_name, hashed), target.number, target)
-        try:
-            target.directory.add(space, new_name, hashed, child.formal, child.number, child.mode >> 12)
-            source.directory.remove(space, name, name_hash(name))
-            self._moved(child, source, target)
-            self.directory_changed(target, target.directory)
-            self.directory_changed(source, source.directory)
-        finally:
-            space.done()
-
-    async def _rename_over(
-        self, source: Inode, name: bytes, target: Inode, new_name: bytes, child: Inode, victim: Inode
-    ) -> None:
-        assert source.directory is not None
-        assert target.directory is not None
-        if child.is_directory:
-            _check_kind(victim, directory_wanted=True)
-        elif victim.is_directory:
-            raise OSError(EISDIR, "is a directory")
-        space = await self.space_of([victim.number], None)
-        try:
-            target.directory.replace(space, new_name, name_hash(new_name), child.formal, child.number, child.mode >> 12)
-            source.directory.remove(space, name, name_hash(name))
-            if victim.is_directory:
-                target.nlink -= 1
-            self._moved(child, source, target)
-            self.directory_changed(target, target.directory)
-            self.directory_changed(source, source.directory)
-            self._lost_name(victim, space)
-        finally:
-            space.done()
-
-    async def _rename_exchange(
-        self, source: Inode, name: bytes, target: Inode, new_name: bytes, child: Inode, other: Inode
-    ) -> None:
-        assert source.directory is not None
-        assert target.directory is not None
-        space = await self.space(0, target.number, None)
-        try:
-            target.directory.replace(space, new_name, name_hash(new_name), child.formal, child.number, child.mode >> 12)
-            source.directory.replace(space, name, name_hash(name), other.formal, other.number, other.mode >> 12)
-            self._moved(child, source, target)
-            self._moved(other, target, source)
-            self.directory_changed(target, target.directory)
-            self.directory_changed(source, source.directory)
-        finally:
-            space.done()
-
-    def _moved(self, child: Inode, source: Inode, target: Inode) -> None:
-        if child.is_directory and source is not target:
-            child.parent, child.parent_formal = target.number, target.formal
-            source.nlink -= 1
-            target.nlink += 1
-        child.ctime_ns = self.world.wall_ns()
-        self.touch(child)
-
-    # --- listing -----------------------------------------------------------------------------------------------------
-
-    async def readdir(self, ino: int, handle: int, offset: int, size: int, *, plus: bool) -> list[Dirent]:
-        inode, directory = await self.hold_directory(ino, SH)
-        try:
-            out, room = _dots(self.ino_of(inode.number), self.ino_of(inode.parent), offset, size, plus)
-            listed = await self._list(directory, max(offset, 2), room, plus)
-        except BlockDamaged as error:
-            raise self.damage(error, f"directory {inode.number}") from None
-        finally:
-            self.drop(inode, SH)
-        if plus:
-            return out + await self._with_entries(listed)
-        out.extend(Dirent(one.name, self.ino_of(one.number), one.type, one.cookie) for one in listed)
-        return out
-
-    async def _list(self, directory: Directory, after: int, room: int, plus: bool) -> list[Listed]:
-        out: list[Listed] = []
-        at = after
-        while True:
-            listing, at = await directory.listing_at(max(at, after + 1), self.read_block)
-            for one in listing:
-                if one.cookie <= after:
-                    continue
-                room -= dirent_size(one.name, plus)
-                if room < 0:
-                    return out
-                out.append(one)
-            if not at:
-                return out
-
-    async def _with_entries(self, listed: list[Listed]) -> list[Dirent]:
-        """All glocks asked for at once, neighbouring dinodes read at once; then one by one what is left."""
-        absent = []
-        for one in listed:
-            known = self.inodes.get(one.number)
-            if known is None or not known.loaded:
-                with suppress(OSError):
-                    absent.append(self.inode(one.number, one.formal))
-        await self.prefetch_inodes(absent)
-        out: list[Dirent] = []
-        for one in listed:
-            entry = None
-            try:
-                inode = await self.hold_named(one.number, one.formal, SH)
-                if inode.nlink:
-                    entry = self.entry(inode)
-                self.drop(inode, SH)
-            except OSError as error:
-                if error.errno not in (ESTALE, EIO) or self.refusal is not None:
-                    raise
-            out.append(Dirent(one.name, self.ino_of(one.number), one.type, one.cookie, entry))
-        return out
-
-    async def prefetch_inodes(self, inodes: list[Inode]) -> None:
-        table, locks = self.locks.table, self.locks
-        asked = [locks.fetch(inode.glock, SH) for inode in inodes]
-        locks.pump()
-        for granted in asked:
-            if granted is not None:
-                await granted
-        held = [inode for inode in sorted(inodes, key=_number) if table.try_hold(inode.glock, SH)]
-        try:
-            await self._read_clusters([inode for inode in held if not inode.loaded])
-        finally:
-            for inode in held:
-                self.drop(inode, SH)
-
-    async def _read_clusters(self, inodes: list[Inode]) -> None:
-        """`inodes` sorted by number, held."""
-        at = 0
-        while at < len(inodes):
-            first = inodes[at].number
-            upto = at + 1
-            while (
-                upto < len(inodes)
-                and inodes[upto].number < first + READ_CLUSTER
-                and inodes[upto].number - inodes[upto - 1].number <= fmt.CLUSTER
-            ):
-                upto += 1
-            count = inodes[upto - 1].number - first + 1
-            content = await self.device.read(first, count) if count > 1 else bytearray()
-            for inode in inodes[at:upto]:
-                if count > 1 and not inode.loaded and self.journal.newest_image(inode.number) is None:
-                    begin = (inode.number - first) * fmt.BLOCK
-                    await self._load_from(inode, content[begin : begin + fmt.BLOCK])
-            at = upto
-
-    async def _load_from(self, inode: Inode, block: bytearray) -> None:
-        """As `load`, but whatever is wrong is left for `load` to say."""
-        try:
-            if fmt.DINODE_HEAD.unpack_from(block, fmt.HEADER_SIZE)[0] == inode.formal:
-                await self.take_content(inode, block)
-        except (BlockDamaged, OSError):
-            pass
-
-    # --- last references ---------------------------------------------------------------------------------------------
-
-    async def hold_iopen(self, inode: Inode) -> None:
-        """One more open here: each holds the iopen glock in SH (taken under the inode's glock)."""
-        glock = inode.iopen
-        if glock is None or glock.forgotten:
-            glock = self.locks.table.get(IOPEN, inode.number)
-        if not self.locks.table.try_hold(glock, SH):
-            await self.locks.hold(glock, SH)
-        inode.iopen = glock
-        inode.opens += 1
-
-    async def drop_iopen(self, inode: Inode) -> None:
-        """One open less. The last one of a file without names frees it."""
-        inode.opens -= 1
-        self.locks.drop(inode.iopen, SH)
-        if not inode.opens:
-            inode.iopen = None
-            if inode.loaded and not inode.nlink:
-                await self.reclaim(inode)
-
-    async def reclaim_quietly(self, number: int, formal: int) -> None:
-        try:
-            await self.reclaim(self.inode(number, formal))
-        except OSError as error:
-            if error.errno not in (ESTALE, EAGAIN):
-                self.counts["reclaim_failed"] = self.counts.get("reclaim_failed", 0) + 1
-
-    async def reclaim(self, inode: Inode, flags: int = 0) -> None:
-        """Frees an inode without names, if nobody in the cluster has it open. Harmless when called too often."""
-        if inode.opens or self.refusal is not None:
-            return
-        await self.throttle()
-        await self.hold(inode, EX, flags)
-        try:
-            if inode.nlink or inode.opens:
-                return
-            glock = self.locks.table.get(IOPEN, inode.number)
-            if not await self.locks.hold(glock, EX, TRY | TRY_CALLBACK | flags):
-                return  # open somewhere; the last one to close it tries again
-            try:
-                await self._free_inode(inode)
-            finally:
-                self.locks.drop(glock, EX)
-        finally:
-            self.drop(inode, EX)
-
-    async def _free_inode(self, inode: Inode) -> None:
-        """Content first, step by step; then the dinode. The glock is held in EX."""
-        if inode.data is not None:
-            inode.data.cut(0)
-        inode.layout_version += 1
-        await self.free_content(inode)
-        space = await self.space_of([inode.number], None)
-        try:
-            rgrp = space.rgrp
-            if rgrp.state(inode.number) != fmt.UNLINKED:
-                raise self.damage(BlockDamaged(inode.number, "is not UNLINKED in its bitmap"), "inode")
-            number = inode.number
-            rgrp.free_dinode(number)
-            self.journal.free(number, inode)
-            self.journal.bury(number, everywhere=not self.locks.table.local)
-            self.journal.add(rgrp)
-            self.journal.when_durable(lambda: rgrp.reopen(number, 1))
-            self.count_blocks(1, 0)
-            self.counts["reclaimed"] += 1
-            inode.loaded = False
-        finally:
-            space.done()
-
-    async def free_content(self, inode: Inode) -> None:
-        raise NotImplementedError
-
-    async def scan_unlinked(self) -> int:
-        """After a recovery: frees what dead nodes had open (trap 16). Returns how many were found."""
-        found = 0
-        for rgrp in self.rgrps:
-            await self.hold_rgrp(rgrp, SH, NOEXP)
-            try:
-                numbers = rgrp.unlinked_numbers()
-            finally:
-                self.locks.drop(rgrp.glock, SH)
-            found += len(numbers)
-            for number in numbers:
-                inode = self.inodes.get(number)
-                await self.reclaim_quietly(number, inode.formal if inode is not None else 0)
-        return found
-
-
-def _check_kind(child: Inode, directory_wanted: bool) -> None:
+def check_kind(child: Inode, directory_wanted: bool) -> None:
     if directory_wanted:
         if child.directory is None:
             raise OSError(ENOTDIR, "not a directory")
@@ -770,21 +412,3 @@ def _check_kind(child: Inode, directory_wanted: bool) -> None:
             raise OSError(ENOTEMPTY, "directory not empty")
     elif child.is_directory:
         raise OSError(EISDIR, "is a directory")
-
-
-def dirent_size(name: bytes, plus: bool) -> int:
-    """Bytes of one entry in a FUSE reply."""
-    return (24 + len(name) + 7 & ~7) + (128 if plus else 0)
-
-
-def _dots(ino: int, parent: int, offset: int, size: int, plus: bool) -> tuple[list[Dirent], int]:
-    out: list[Dirent] = []
-    for cookie, name, number in ((1, b".", ino), (2, b"..", parent)):
-        if offset < cookie and size >= dirent_size(name, plus):
-            out.append(Dirent(name, number, S_IFDIR >> 12, cookie))
-            size -= dirent_size(name, plus)
-    return out, size
-
-
-def _number(inode: Inode) -> int:
-    return inode.number
