@@ -183,6 +183,26 @@ def test_the_holder_a_lock_was_fetched_for_has_it_before_it_goes_again() -> None
     assert s.syncs() == [UN]
 
 
+def test_a_lock_that_was_costly_to_give_up_is_kept_longer_next_time() -> None:
+    s = Stepped(min_hold_ns=50)
+    s.want(EX)
+    s.asked()
+    s.answer()
+    s.release(EX)
+    s.now += 50
+    s.blocking(DLM_EX)
+    assert s.syncs() == [UN]
+    s.now += 8000
+    s.table.begin_sync(s.glock)
+    s.table.synced(s.now, s.glock, UN)
+    s.asked()
+    s.answer()
+    s.want(EX)
+    s.asked()
+    s.answer()
+    assert s.glock.hold_until == s.now + 1000  # one part in eight of 8000
+
+
 def test_a_demand_that_comes_before_the_grant_is_kept() -> None:
     s = Stepped()
     mine = s.want(EX)
