@@ -12,6 +12,7 @@ from tests.unit.gfs.world import World
 from corral.api.dlm import EUNLOCK, EX, NL, NOQUEUE, NOQUEUEBAST, Completion, Request
 
 EAGAIN = -11
+EDEADLK = -35
 # COMPATIBLE[held][wanted], in the order NL CR CW PR PW EX
 COMPATIBLE = (
     (1, 1, 1, 1, 1, 1),
@@ -65,6 +66,8 @@ class Manager:
             self._answer(lock, EAGAIN)
             if lock.mode < NL:
                 self._forget(lock)
+        elif any(not COMPATIBLE[max(lock.mode, NL)][other.wanted] for other in queue):
+            self._answer(lock, EDEADLK)  # somebody ahead waits for what this one holds
         else:
             queue.append(lock)
             self._blast(lock, mode)

@@ -22,6 +22,7 @@ from corral.gfs.glock import (
 )
 
 EAGAIN = -11
+EDEADLK = -35
 
 
 class Stepped:
@@ -143,11 +144,24 @@ def test_a_stronger_demand_during_a_demotion_follows_it(s: Stepped) -> None:
     assert s.syncs() == [UN]
 
 
-def test_shared_to_exclusive_goes_through_unlocked_when_others_share(s: Stepped) -> None:
+def test_shared_to_exclusive_keeps_what_is_cached_while_it_waits(s: Stepped) -> None:
     s.cached(SH)
     mine = s.want(EX)
-    assert s.asked() == [("convert", DLM_EX, NOQUEUE)]
-    s.answer(EAGAIN)
+    assert s.asked() == [("convert", DLM_EX, 0)]
+    s.blocking(DLM_EX)  # somebody else queued behind
+    assert s.syncs() == []
+    s.answer()
+    assert mine.granted
+    s.release(EX)
+    s.table.tick(s.now)
+    assert s.syncs() == [UN]
+
+
+def test_of_two_that_would_convert_at_once_one_goes_through_unlocked(s: Stepped) -> None:
+    s.cached(SH)
+    mine = s.want(EX)
+    assert s.asked() == [("convert", DLM_EX, 0)]
+    s.answer(EDEADLK)
     assert s.syncs() == [UN]
     s.demoted(UN)
     assert s.asked() == [("convert", 0, 0)]
@@ -227,7 +241,7 @@ def test_a_closed_gate_lets_pass_what_is_cached_and_what_recovers(s: Stepped) ->
     assert s.asked() == []
     s.table.cancel(s.now, s.glock, ordinary)
     recovering = s.want(EX, NOEXP)
-    assert s.asked() == [("convert", DLM_EX, NOQUEUE)]
+    assert s.asked() == [("convert", DLM_EX, 0)]
     s.answer()
     assert recovering.granted
 
