@@ -5,7 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install check lint types floors unit test demo system clean
+# What `sim`, `campaign` and `fuzz` take: `make sim SEED=7 BODY=nodes.locks`.
+BODY ?= mounts.shared
+SEED ?= 1
+SECONDS ?= $(if $(filter fuzz,$(MAKECMDGOALS)),60,600)
+
+.PHONY: help install check lint types floors unit test sim campaign campaign-report plants fuzz demo system clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -37,6 +42,21 @@ check: lint types floors unit  ## what every commit passes: under a minute
 test: lint types floors $(STAMP)  ## everything a change must pass: check, simulation, conformance, integration
 	$(BIN)/pytest -n 2 tests/unit tests/scenario tests/conformance tests/sim
 	$(BIN)/pytest tests/integration
+
+sim: $(STAMP)  ## one simulated seed again: SEED=n [BODY=mounts.shared] [TRACE=file]
+	$(BIN)/python -m tests.sim.campaign --show $(BODY) $(SEED) $(if $(TRACE),--trace $(TRACE))
+
+campaign: $(STAMP)  ## seed after seed of every simulated body, recorded in campaign/results.jsonl; SECONDS=600 [ONLY=body]
+	$(BIN)/python -m tests.sim.campaign --seconds $(SECONDS) $(if $(ONLY),--body $(ONLY))
+
+campaign-report: $(STAMP)  ## what the campaign has run so far, and what failed
+	$(BIN)/python -m tests.sim.campaign --report
+
+plants: $(STAMP)  ## every planted bug, and the seed at which its checker catches it
+	$(BIN)/python -m tests.plants
+
+fuzz: $(STAMP)  ## hostile bytes for every decoder and engine: SECONDS=60
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 demo: $(STAMP)  ## the main job on this machine: three nodes, one filesystem, one kill -9, everything checked
 	$(BIN)/corral demo
