@@ -45,15 +45,32 @@ def mask_runs(mask: int) -> Iterable[tuple[int, int]]:
 
 @final
 class Chunk:
-    """`data` is as long as its last valid block needs; never resized in place (a write may be reading it)."""
+    """`data` is as long as its last valid block needs; a write that reads it now has `lent`, which nobody changes: what
+    comes meanwhile goes into a copy, so that a block on the device is never half of one write and half of the next."""
 
-    __slots__ = ("data", "dirty", "valid", "writing")
+    __slots__ = ("data", "dirty", "lent", "valid", "writing")
 
     def __init__(self) -> None:
         self.data = bytearray()
         self.valid = 0
         self.dirty = 0
-        self.writing = 0  # writes that read `data` now
+        self.writing = 0  # writes that read `lent` now
+        self.lent: bytearray | None = None
+
+    def lend(self) -> bytearray:
+        self.writing += 1
+        self.lent = self.data
+        return self.data
+
+    def give_back(self) -> None:
+        self.writing -= 1
+        if not self.writing:
+            self.lent = None
+
+    def own(self) -> None:
+        """Before `data` is changed."""
+        if self.lent is self.data:
+            self.data = bytearray(self.data)
 
     def reach(self, length: int) -> None:
         if len(self.data) < length:
@@ -118,6 +135,7 @@ class FileData:
             before = len(chunk.data)
             chunk.reach((last + 1) * BLOCK)
             self.cache.bytes += len(chunk.data) - before
+            chunk.own()
             chunk.data[within : within + take] = view[at : at + take]
             mask = mask_of(first, last - first + 1)
             chunk.valid |= mask
@@ -295,7 +313,7 @@ class DataCache:
                 data.inode.error = error.errno or 5
         finally:
             for chunk in chunks:
-                chunk.writing -= 1
+                chunk.give_back()
 
     def _collect(self, data: FileData, runs: list[tuple[int, Buffer]], chunks: list[Chunk]) -> None:
         """Takes the dirty marks off and notes where each block goes."""
@@ -305,7 +323,7 @@ class DataCache:
             chunk = data.chunks[index]
             if not chunk.dirty:
                 continue
-            view = memoryview(chunk.data)
+            view = memoryview(chunk.lend())
             base = index * CHUNK_BLOCKS
             for first, length in mask_runs(chunk.dirty):
                 for logical, physical, count, _ in extents.runs(base + first, length):
@@ -314,7 +332,6 @@ class DataCache:
                     runs.append((physical, view[at : at + count * BLOCK]))
             blocks = chunk.dirty.bit_count()
             chunk.dirty = 0
-            chunk.writing += 1
             chunks.append(chunk)
             data.dirty_blocks -= blocks
             self.undirtied(data, blocks)

@@ -46,7 +46,12 @@ class References(Volume):
         if inode.opens or self.refusal is not None:
             return
         await self.throttle()
-        await self.hold(inode, EX, flags)
+        try:
+            await self.hold(inode, EX, flags)
+        except OSError as error:
+            if error.errno == ESTALE:
+                return  # another node has freed it
+            raise
         try:
             if inode.nlink or inode.opens:
                 return
