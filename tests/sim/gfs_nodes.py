@@ -15,6 +15,7 @@ from corral.api.gfs import ROOT, Caller, LockRange
 from corral.base.ids import MemberId
 from corral.base.view import Round, Slotted
 from corral.gfs import fsck, mkfs
+from corral.gfs import journal as journal_module
 from corral.gfs.filesystem import GfsFilesystem
 from corral.gfs.mount import mount
 from corral.gfs.volume import Options
@@ -384,6 +385,7 @@ def run(seed: int, operations: int = 160, kind: str = "") -> dict[str, Any]:
     rng = Random(seed)
     world = World(Random(seed + 1), delay=True)
     cluster = Cluster(world, rng)
+    handover_all, journal_module.HANDOVER_ALL = journal_module.HANDOVER_ALL, rng.choice([0, 0, 8, 512])  # type: ignore[misc]
     kind = kind or rng.choice(["sequential", "concurrent", "kill"])
     try:
         if kind == "sequential":
@@ -393,6 +395,7 @@ def run(seed: int, operations: int = 160, kind: str = "") -> dict[str, Any]:
     except ViolationError as error:
         raise ViolationError(f"{error} (seed {seed}, {kind})") from error
     finally:
+        journal_module.HANDOVER_ALL = handover_all
         world.abandon()
     return {"seed": seed, "kind": kind, "operations": count, "blasts": cluster.manager.blasts}
 
