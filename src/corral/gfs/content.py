@@ -21,7 +21,7 @@ from corral.gfs import format as fmt
 from corral.gfs.data import FileData
 from corral.gfs.extent import ExtentTree
 from corral.gfs.format import BLOCK
-from corral.gfs.glock import EX, SH
+from corral.gfs.glock import EX, IO, SH
 from corral.gfs.inode import Inode
 from corral.gfs.listing import Listing
 
@@ -82,7 +82,7 @@ class Content(Listing):
         glock = inode.glock
         state = EX if inode.write_opens else SH
         if not self.locks.table.try_hold_io(glock, state):
-            await self.hold(inode, state)
+            await self.hold(inode, state, IO)
         elif not inode.loaded:
             await self._load_held(inode, state)
         try:
@@ -178,7 +178,7 @@ class Content(Listing):
         if from_cache:
             assert glock.state == EX, "GFS-12"
         if not self.locks.table.try_hold_io(glock, EX):
-            await self.hold(inode, EX)
+            await self.hold(inode, EX, IO)
         elif not inode.loaded:
             await self._load_held(inode, EX)
         try:

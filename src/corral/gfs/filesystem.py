@@ -14,7 +14,7 @@ from corral.api.gfs import FilesystemUsage, LockRange
 from corral.base.view import Round
 from corral.gfs import format as fmt
 from corral.gfs.files import Files
-from corral.gfs.glock import EX, FLOCK, NOEXP, SH
+from corral.gfs.glock import EX, FLOCK, NOEXP, PHASE_NAMES, SH, STATE_NAMES
 from corral.gfs.inode import Inode
 from corral.gfs.journal import Ring
 from corral.gfs.posixlocks import F_RDLCK, F_UNLCK, PosixLocks
@@ -50,6 +50,32 @@ class GfsFilesystem(Files):
             if self.recovery.scan_wanted:
                 self.recovery.scan_wanted = False
                 self.world.spawn(self._scan_unlinked(), "gfs: free unlinked files")
+
+    def statistics(self) -> dict[str, Any]:
+        """Figures and, for each waiting state, what is waited for."""
+        return {
+            **super().statistics(),
+            "gate_closed": self.locks.table.gate_closed,
+            "replayed": list(self.recovery.replayed),
+            "replay_failed": dict(sorted(self.recovery.failed.items())),
+            "handles": len(self.handles),
+        }
+
+    def glock_dump(self, limit: int = 1000) -> list[dict[str, Any]]:
+        """Who holds and who waits, busiest first: for the operator's question what a mount is waiting for."""
+        glocks = sorted(self.locks.table.glocks.items(), key=lambda item: (-len(item[1].queue), item[0]))
+        return [
+            {
+                "glock": f"{glock.kind}/{glock.number}",
+                "state": STATE_NAMES[glock.state],
+                "holders": glock.holders,
+                "waiting": [STATE_NAMES[holder.state] for holder in glock.queue],
+                "phase": PHASE_NAMES[glock.phase],
+                "demote": STATE_NAMES[glock.demote] if glock.demote < EX else None,
+                "dirty": glock.dirty,
+            }
+            for _, glock in glocks[:limit]
+        ]
 
     async def ring_of(self, slot: int) -> Ring:
         return await ring_of(self.device, self.superblock, self.system, slot)

@@ -17,7 +17,8 @@ Invariants:
   GFS-1  local holders: one EX or any number of SH, and never more than the mode held covers.
   GFS-2  a mode is lowered only by way of SYNCING with no holders: nothing dirty is left behind it.
   GFS-3  while the gate is closed a mode obtained by an ordinary request is not used.
-Deviation from gfs2: SH to EX is tried with NOQUEUE and otherwise goes through UN, so conversion deadlock cannot arise.
+SH to EX waits in the lock manager's queue with SH kept, so what is cached stays good. When two nodes want that of each
+other at once the lock manager answers EDEADLK to one: it gives up SH, which lets the other have EX, and queues from UN.
 """
 
 from collections.abc import Iterable
@@ -53,6 +54,7 @@ TRY: Final = 0x1  # fail instead of waiting for another node
 NOEXP: Final = 0x2  # part of recovery: passes the gate
 PRIORITY: Final = 0x4  # ahead of the queue
 TRY_CALLBACK: Final = 0x8  # with TRY: the holders elsewhere are told (TRY_1CB)
+IO: Final = 0x10  # a read or write of the kernel, which has locked pages until it is answered
 
 MODE_OF_STATE: Final = (NL, PR, CW, DLM_EX)
 COVERS: Final = (  # COVERS[held][wanted]
@@ -68,8 +70,10 @@ IDLE: Final = 0
 REQUEST: Final = 1
 INVALIDATING: Final = 2
 SYNCING: Final = 3
+PHASE_NAMES: Final = ("idle", "requesting", "invalidating", "syncing")
 
 EAGAIN: Final = -11
+EDEADLK: Final = -35
 MIN_HOLD_NS: Final = 2 * MILLISECOND
 MAX_HOLD_NS: Final = 20 * MILLISECOND
 COST_SHARE: Final = 8  # a new cost of demotion counts for one part in so many
@@ -318,10 +322,9 @@ class GlockTable:
         return max(self.min_hold_ns, min(self.cost_ns, MAX_HOLD_NS))
 
     def _refused(self, glock: Glock, status: int) -> None:
-        """NOQUEUE failed, or the lock manager gave up."""
+        """NOQUEUE failed, another conversion waits for ours, or the lock manager gave up."""
         head = glock.queue[0] if glock.queue else None
-        if status == EAGAIN and not (head is not None and head.flags & TRY) and glock.state != UN:
-            # SH to EX while others hold SH: give up what is cached, then queue for EX from UN.
+        if status in (EAGAIN, EDEADLK) and not (head is not None and head.flags & TRY) and glock.state != UN:
             glock.demote = UN
             glock.blocked = True
             return
@@ -406,6 +409,8 @@ class GlockTable:
 
     def run(self, now: Instant, glock: Glock) -> None:
         """Grants what can be granted, asks for what is missing, starts a demotion that is due."""
+        if glock.phase == INVALIDATING:
+            self._serve_io(glock)
         if glock.phase != IDLE:
             return
         if glock.blocked:
@@ -437,6 +442,22 @@ class GlockTable:
         glock.demoted_at = now
         glock.target = glock.demote
         self.syncs.append((glock, glock.demote))
+        self._serve_io(glock)
+
+    def _serve_io(self, glock: Glock) -> None:
+        """Reads and writes that came to wait before or during the invalidation: the kernel cannot drop the pages they
+        have locked before they are answered, and the lock is still held."""
+        waiting: list[Holder] = []
+        for holder in glock.queue:
+            busy = glock.holders != 0 if holder.state == EX else glock.holders < 0
+            if busy or not holder.flags & IO or not COVERS[glock.state][holder.state]:
+                waiting.append(holder)
+                continue
+            glock.holders = -1 if holder.state == EX else glock.holders + 1
+            glock.io_served += 1
+            holder.granted = True
+            self.grants.append(holder)
+        glock.queue[:] = waiting
 
     def _promote(self, glock: Glock, head: Holder) -> None:
         if glock.holders:
@@ -449,8 +470,6 @@ class GlockTable:
         flags = 0
         if head.flags & TRY:
             flags |= NOQUEUE | (NOQUEUEBAST if head.flags & TRY_CALLBACK else 0)
-        elif glock.state != UN:
-            flags |= NOQUEUE
         if head.flags & PRIORITY and not glock.handle:
             flags |= HEADQUE
         glock.target = head.state

@@ -516,6 +516,11 @@ class Volume:
             return
         ino = self.ino_of(inode.number)
         is_directory = inode.is_directory
+        if inode.write_opens and glock.state != EX:
+            # No page can be cached (they are under EX only), and a write that waits for EX has its pages locked.
+            await notifier.invalidate_inode(ino, -1)
+            await self.locks.wait_drained(glock)
+            return
         while True:
             served = glock.io_served
             await notifier.invalidate_inode(ino)
