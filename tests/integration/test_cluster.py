@@ -150,6 +150,33 @@ def test_a_paused_corrald_is_left_out_and_killed(local: Local) -> None:
     local.wait(1, [1, 2, 3])
 
 
+@pytest.mark.parametrize("asked", [1, 3])
+def test_a_member_is_fenced_on_request_and_may_come_back(local: Local, asked: int) -> None:
+    """Node 1 coordinates, so whoever is asked, it is told whom to leave out."""
+    victim = {1: 3, 3: 1}[asked]
+    before = local.status(victim)["incarnation"]
+    command("--socket", local.socket(asked), "fence", "node", str(victim), "--reason=it hangs")
+    local.wait(asked, sorted({1, 2, 3} - {victim}))
+    history = json.loads(command("--socket", local.socket(2), "fence", "status", "--json").stdout)["history"]
+    assert [(fact["node"], fact["incarnation"], fact["proof"]) for fact in history] == [(victim, before, "killed")]
+    command("node", "start", str(victim), local.dir)
+    assert local.wait(victim, [1, 2, 3])["incarnation"] > before
+
+
+def test_a_fence_request_that_cannot_be_is_refused_in_one_sentence(local: Local) -> None:
+    def refusal(node: int) -> str:
+        done = command("--socket", local.socket(1), "fence", "node", str(node), check=False)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "node 1 does not fence itself: ask another node" in refusal(1)
+    assert "node 9 is not configured" in refusal(9)
+    command("node", "kill", "3", local.dir)
+    local.wait(1, [1, 2])
+    assert "without node 2 there is no quorum" in refusal(2)
+    assert local.status(1)["members"] == [1, 2]
+
+
 def test_two_of_three_come_back_from_a_power_loss_once_the_third_is_fenced(local: Local) -> None:
     for node in (1, 2, 3):
         command("node", "kill", str(node), local.dir)
