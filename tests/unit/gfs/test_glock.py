@@ -11,6 +11,7 @@ from corral.gfs.glock import (
     IDLE,
     INODE,
     INVALIDATING,
+    IO,
     NOEXP,
     SH,
     TRY,
@@ -342,3 +343,24 @@ def test_a_local_table_grants_at_once_and_sends_nothing() -> None:
     assert waiting.granted
     assert table.requests == []
     assert glock.phase == IDLE
+
+
+def test_a_write_that_waited_before_the_invalidation_is_served_in_it() -> None:
+    """The kernel has its pages locked: it could not drop them before the answer, which would wait for the demotion."""
+    stepped = Stepped()
+    first = stepped.want(EX)
+    stepped.answer()
+    assert first.granted
+    stepped.blocking(DLM_EX)
+    write, other, second = stepped.want(EX, IO), stepped.want(EX), stepped.want(EX, IO)
+    assert not write.granted
+    stepped.release(EX)
+    assert stepped.glock.phase == INVALIDATING
+    assert write.granted
+    assert not second.granted
+    stepped.release(EX)
+    assert second.granted
+    assert not other.granted
+    stepped.release(EX)
+    assert stepped.glock.io_served == 2
+    assert stepped.syncs() == [UN]
