@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 import click
+import msgspec
 
 from corral.base.errors import ClusterError
 from corral.cli import images
 from corral.cli.local import Size
+from corral.cli.output import json_option, print_json, tell
 
 
 @click.group()
@@ -52,6 +54,19 @@ def mount(socket: str, device: Path, mountpoint: Path, foreground: bool) -> None
 
 @gfs.command()
 @click.argument("device", type=click.Path(exists=True, path_type=Path))
-def fsck(device: Path) -> None:
-    """Check a filesystem that is mounted nowhere. Exit status 1 when anything is wrong."""
-    click.echo(images.fsck(device))
+@click.option("--repair", "-y", is_flag=True, help="Put right what can be; without it nothing is written.")
+@json_option
+def fsck(device: Path, repair: bool, as_json: bool) -> None:
+    """Check a filesystem that is mounted on NO node. Exit status 1 when something wrong is left."""
+    progress = None if as_json else (lambda what, _done, _total: tell(f"checking {what}"))
+    report = images.check(device, repair=repair, progress=progress)
+    if as_json:
+        print_json({**msgspec.to_builtins(report), "clean": report.clean})
+    else:
+        for finding in report.findings:
+            click.echo(
+                f"{finding.code} at block {finding.block}: {finding.message}" + (" (repaired)" * finding.repaired)
+            )
+        click.echo(images.summary(report))
+    if not report.repaired:
+        raise SystemExit(1)

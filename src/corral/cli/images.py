@@ -2,11 +2,16 @@
 
 import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from corral.base.errors import ClusterError
+from corral.gfs import fsck
+from corral.gfs.fsck import Report
 from corral.gfs.mkfs import Made
 from corral.gfs.mkfs import format as make
+from corral.gfs.replay import JournalDamaged
+from corral.gfs.superblock import Refused
 from corral.real.world import RealWorld
 
 
@@ -35,6 +40,31 @@ def mkfs(path: Path, size: int | None, *, cluster: str, name: str, journals: int
         raise ClusterError(f"no filesystem could be made on {path}: {error.strerror or error}") from None
 
 
-def fsck(path: Path) -> str:
-    """Checks an unmounted filesystem and changes nothing. Raises ClusterError when anything is wrong."""
-    raise ClusterError("this version has no fsck yet")
+def check(path: Path, *, repair: bool = False, progress: Callable[[str, int, int], None] | None = None) -> Report:
+    """Checks a filesystem that is mounted nowhere. Raises ClusterError when it cannot be checked at all."""
+
+    async def body() -> Report:
+        world = RealWorld("/nonexistent")
+        try:
+            disk = await world.disk(str(path))
+            try:
+                return await fsck.check(world, disk, repair=repair, progress=progress)
+            finally:
+                disk.close()
+        finally:
+            await world.close()
+
+    try:
+        return asyncio.run(body())
+    except (Refused, JournalDamaged) as error:
+        raise ClusterError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ClusterError(f"{path} cannot be checked: {error.strerror or error}") from None
+
+
+def summary(report: Report) -> str:
+    """One line."""
+    if report.clean:
+        return f"clean: {report.inodes} inodes, {report.directories} directories, {report.blocks_used} blocks used"
+    left = sum(not finding.repaired for finding in report.findings)
+    return f"{len(report.findings)} findings, {len(report.findings) - left} repaired, {left} left"

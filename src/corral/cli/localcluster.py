@@ -16,8 +16,7 @@ from typing import Any, Final, final
 from corral.base.errors import ClusterError
 from corral.base.ids import NodeId
 from corral.base.world import ProcessId
-from corral.cli import processes
-from corral.cli.images import fsck, mkfs
+from corral.cli import images, processes
 from corral.cli.layout import Layout, NodeFiles
 from corral.cli.mounts import Mounts, last_line
 from corral.node.config import ClusterConfig
@@ -166,13 +165,17 @@ class LocalCluster:
         """Makes the filesystem when there is none, and mounts it on every node."""
         if not self.layout.disk.exists():
             self._progress(f"making a filesystem for {len(self.config.nodes)} nodes on {self.layout.disk}")
-            mkfs(self.layout.disk, size, cluster=self.config.name, name="home", journals=len(self.config.nodes))
+            images.mkfs(self.layout.disk, size, cluster=self.config.name, name="home", journals=len(self.config.nodes))
         for node in self.config.node_ids:
             self.mounts.mount(node)
 
     def fsck(self) -> str:
-        """A check of the unmounted image. Raises ClusterError when anything is wrong."""
-        return fsck(self.layout.disk)
+        """A check of the unmounted image: one line. Raises ClusterError when anything is wrong."""
+        report = images.check(self.layout.disk)
+        if not report.clean:
+            first = report.findings[0]
+            raise ClusterError(f"fsck of {self.layout.disk}: {images.summary(report)}; first: {first.message}")
+        return images.summary(report)
 
     def down(self) -> None:
         """Unmounts, leaves cleanly where it can, and leaves nothing behind."""

@@ -78,10 +78,12 @@ class Writers:
     def running(self) -> list[str]:
         return sorted(name for name, process in self._processes.items() if process.poll() is None)
 
-    def end(self) -> None:
+    def kill(self) -> None:
         for process in self._processes.values():
             if process.poll() is None:
                 process.kill()
+
+    def end(self) -> None:
         for process in self._processes.values():
             process.wait()
             if process.stdout is not None:
@@ -265,15 +267,18 @@ class Demo:
 
     def clean_up(self) -> None:
         """Nothing of the demo is left: no process, mount, socket or file."""
-        self._writers.end()
         for follower in self._followers:
             if follower.poll() is None:
                 follower.kill()
+        self._writers.kill()
+        # Who waits for a mount ends only when that does.
+        if self._cluster is not None:
+            self._cluster.abandon()
+        self._writers.end()
+        for follower in self._followers:
             follower.wait()
             if follower.stdout is not None:
                 follower.stdout.close()
-        if self._cluster is not None:
-            self._cluster.abandon()
         shutil.rmtree(self.root, ignore_errors=True)
 
 
