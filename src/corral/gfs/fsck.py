@@ -33,6 +33,7 @@ from corral.gfs.superblock import read as read_superblock
 from corral.gfs.system import read_master, read_rindex_entries, ring_of
 
 FINDINGS_MAX: Final = 10_000
+WINDOWS: Final = 64  # clusters of dinodes kept: 16 MiB
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -115,6 +116,7 @@ class Checker:
         self.bad: set[int] = set()  # inodes that cannot be read
         self.formals: dict[int, int] = {}
         self.lost: list[Orphan] = []
+        self.windows: dict[int, bytearray] = {}  # clusters read lately
 
     # --- findings ----------------------------------------------------------------------------------------------------
 
@@ -127,6 +129,7 @@ class Checker:
             self.progress(stage, done, total)
 
     async def write_meta(self, meta: Meta) -> None:
+        self.windows.pop(meta.number // fmt.CLUSTER, None)
         await self.device.write(meta.number, [meta.seal()])
 
     # --- the run -----------------------------------------------------------------------------------------------------
@@ -215,8 +218,21 @@ class Checker:
         if not self.bitmaps.covers(number):
             raise BlockDamaged(number, "lies in no resource group")
         inode = Inode(number, Glock(INODE, number))
-        await inode.load(await self.device.read(number), self.device.read, self.superblock.blocks)
+        await inode.load(await self._read_near(number), self.device.read, self.superblock.blocks)
         return inode
+
+    async def _read_near(self, number: int) -> bytearray:
+        """Dinodes lie in clusters: one read brings the neighbours, which are asked for next."""
+        window = number // fmt.CLUSTER
+        content = self.windows.pop(window, None)
+        first = window * fmt.CLUSTER
+        if content is None:
+            content = await self.device.read(first, min(fmt.CLUSTER, self.device.blocks - first))
+            if len(self.windows) >= WINDOWS:
+                del self.windows[next(iter(self.windows))]
+        self.windows[window] = content
+        at = (number - first) * BLOCK
+        return content[at : at + BLOCK]
 
     async def _enter(self, number: int, state: int = DINODE_STATE) -> Known | None:
         """Reads an inode met for the first time and claims all its blocks."""

@@ -82,9 +82,7 @@ class Bitmaps:
         out: list[int] = []
         for rgrp in self.rgrps:
             if rgrp.dinodes or rgrp.unlinked:
-                out.extend(
-                    rgrp.data0 + at for at in range(rgrp.blocks) if get(rgrp.bits, at) in (DINODE_STATE, UNLINKED)
-                )
+                out.extend(rgrp.numbers_in(DINODE_STATE, UNLINKED))
         return out
 
     def total(self, state: int) -> int:

@@ -355,7 +355,14 @@ class Rgrp(Meta):
 
     def unlinked_numbers(self) -> list[int]:
         """Dinodes that wait for their last close."""
-        if not self.unlinked:
-            return []
-        bits = self.bits
-        return [self.data0 + index for index in range(self.blocks) if get(bits, index) == UNLINKED]
+        return self.numbers_in(UNLINKED) if self.unlinked else []
+
+    def numbers_in(self, *states: int) -> list[int]:
+        """Blocks in one of these states (not FREE), in order; bytes of free blocks cost nothing."""
+        bits, data0 = self.bits, self.data0
+        return [
+            data0 + match.start() * 4 + offset
+            for match in _NOT_FREE.finditer(bits)
+            for offset, state in enumerate(STATES[bits[match.start()]])
+            if state in states
+        ]
