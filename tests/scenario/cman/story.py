@@ -10,6 +10,8 @@
     forget 3                 the state directory of node 3 (which does not run) is deleted
     pause 3 | resume 3       its corrald does not run, its clock does
     leave 3                  its participants are gone, it asks to be left out
+    fencing 3 | fencing      every member knows that an agent works on node 3 | on none any more
+    expel 3                  every member is told that node 3 is to be fenced
     ambush Accept 1          the next such message is the last thing node 1 sends
     views                    who is in which view now, and what the others wait for
 
@@ -23,7 +25,18 @@ from corral.base.ids import MemberId, NodeId
 from corral.base.time import MILLISECOND, SECOND
 from corral.base.view import View
 from corral.cman import wire
-from corral.cman.events import Active, CleanlyStopped, Excluded, Installed, Leave, Left, Outdated, Stop
+from corral.cman.events import (
+    Active,
+    CleanlyStopped,
+    Excluded,
+    Expel,
+    FencingNow,
+    Installed,
+    Leave,
+    Left,
+    Outdated,
+    Stop,
+)
 from tests.sim.cman_cluster import DETECT, TIMING, Cluster, Node, Session
 
 
@@ -171,6 +184,17 @@ class Story(Cluster):
     def do_leave(self, node: str) -> None:
         self.nodes[int(node)].active = None
         self.nodes[int(node)].feed_member(Leave())
+
+    def do_fencing(self, *nodes: str) -> None:
+        for node in self.nodes.values():
+            if node.running:
+                node.feed_member(FencingNow(frozenset(map(int, nodes))))
+
+    def do_expel(self, victim: str) -> None:
+        member = self.nodes[int(victim)].me
+        for node in self.nodes.values():
+            if node.running:
+                node.feed_member(Expel(member))
 
     def do_ambush(self, message: str, node: str) -> None:
         assert hasattr(wire, message)
