@@ -60,6 +60,17 @@ def test_every_invariant_documented_is_cited_and_once() -> None:
     assert not unused, f"nothing in src or tests cites {sorted(unused)}"
 
 
+def test_invariants_are_asserted_where_the_page_says() -> None:
+    rows = re.findall(
+        rf"^\| ({INVARIANT.pattern}) \|[^|]*\|([^|]*)\|", (ROOT / "docs/invariants.md").read_text(), flags=re.M
+    )
+    for number, where in rows:
+        if not where.strip().startswith("-"):
+            for path in re.findall(r"`([^`]+)`", where):
+                text = (ROOT / "src" / "corral" / path).read_text()
+                assert f'"{number}"' in text or f'"{number}:' in text, f"{path} does not assert {number}"
+
+
 # --- documents -------------------------------------------------------------------------------------------------------
 
 
