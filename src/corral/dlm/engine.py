@@ -194,9 +194,10 @@ class LockspaceEngine(Requests):
             if not resource.complete:
                 continue
             resource.token = max(resource.token, space.base_token)
+            for lock in (*resource.granted, *resource.converting):
+                # Callbacks on their way were dropped with the old round, also those whose asker did not queue.
+                lock.highbast = NL
             if resource.converting or resource.waiting:
-                for lock in (*resource.granted, *resource.converting):
-                    lock.highbast = NL  # callbacks on their way were dropped with the old round
                 if resource.recover_grant:
                     resource.break_cycles(effects)
                 resource.grant_pending(effects)
