@@ -6,8 +6,8 @@
 
 One line of JSON per batch goes to `campaign/results.jsonl`. A later run of a body goes on after the last seed in that
 file, whatever its commit: every seed is a new one. The body that is farthest behind its target at this commit goes
-next. SIGINT ends it after the seed at work; what was run is written down. A seed that fails goes to
-`tests/sim/seeds.txt`, where `test_campaign.py` and the tests of whole nodes run it from then on.
+next, after the seeds that failed once. SIGINT ends it after the seed at work; what was run is written down. A seed
+that fails goes to `tests/sim/seeds.txt`; from then on every campaign begins with it, and tests run it if it is quick.
 """
 
 import argparse
@@ -159,6 +159,17 @@ class Campaign:
             name = min(self.bodies, key=lambda body: seeds_run(results, body, self.commit) / self.bodies[body].seeds)
             self.batch(name, next_seed(results, name), until)
 
+    def kept(self) -> None:
+        """The seeds that failed once, before any new one: a campaign at a commit vouches for them too."""
+        for name, body in self.bodies.items():
+            for seed in harness.kept_seeds(self.seeds, name):
+                if self.stopped:
+                    return
+                try:
+                    body.run(seed)
+                except Exception as error:
+                    self.fail(name, seed, error)
+
     def batch(self, name: str, first: int, until: float) -> None:
         body = self.bodies[name]
         began, count = process_time(), 0
@@ -261,7 +272,9 @@ def main() -> int:
     bodies = {name: body for name, body in BODIES.items() if not asked.body or name in asked.body}
     campaign = Campaign(asked.results, asked.seeds, asked.commit or harness.commit(), bodies)
     signal.signal(signal.SIGINT, campaign.stop)
-    campaign.go(monotonic() + asked.seconds)
+    until = monotonic() + asked.seconds
+    campaign.kept()
+    campaign.go(until)
     print(report(read_results(asked.results)))
     return 1 if campaign.failures else 0
 

@@ -53,6 +53,17 @@ def test_it_goes_on_where_it_stopped_and_keeps_what_failed(tmp_path: Path, capsy
     assert seeds_run(read_results(first.results), "comm") == 8
 
 
+def test_what_failed_once_is_run_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = campaign_of(tmp_path)
+    harness.keep_seed(one.seeds, "comm", 2)
+    one.kept()
+    assert one.failures == 0
+    harness.keep_seed(one.seeds, "comm", 3)
+    one.kept()
+    assert one.failures == 1
+    assert "FAILED comm 3" in capsys.readouterr().out
+
+
 def test_sigint_ends_it_after_the_seed_at_work(tmp_path: Path) -> None:
     one = campaign_of(tmp_path)
     one.stop()
