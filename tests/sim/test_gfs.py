@@ -25,6 +25,21 @@ def test_three_mounts_see_one_filesystem_and_survive_each_other(seed: int) -> No
     assert gfs_nodes.run(seed)["blasts"] > 20
 
 
+# The seed that caught a bug when it was planted is tried first; all fifty are, before it counts as missed.
+FIRST = {
+    "hand_over_without_data": 3,
+    "hand_over_without_revokes": 32,
+    "no_replay": 12,
+    "no_revokes": 7,
+    "trust_torn_commits": 8,
+}
+
+
+def seeds(name: str) -> list[int]:
+    first = FIRST.get(name, 0)
+    return [first, *(seed for seed in range(50) if seed != first)]
+
+
 def caught(seed: int) -> bool:
     """By a checker, an invariant, or by the filesystem refusing what it finds."""
     try:
@@ -37,7 +52,7 @@ def caught(seed: int) -> bool:
 @pytest.mark.parametrize("name", sorted(PLANTS))
 def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     PLANTS[name](monkeypatch)
-    assert any(caught(seed) for seed in range(50))
+    assert any(caught(seed) for seed in seeds(name))
 
 
 def caught_by_nodes(seed: int) -> bool:
@@ -51,4 +66,4 @@ def caught_by_nodes(seed: int) -> bool:
 @pytest.mark.parametrize("name", sorted(NODE_PLANTS))
 def test_a_bug_planted_between_nodes_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     NODE_PLANTS[name](monkeypatch)
-    assert any(caught_by_nodes(seed) for seed in range(50))
+    assert any(caught_by_nodes(seed) for seed in seeds(name))
