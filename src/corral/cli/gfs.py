@@ -26,8 +26,8 @@ def gfs() -> None:
 def mkfs(device: Path, table: str, journals: int, size: int | None, yes: bool) -> None:
     """Make a filesystem on DEVICE, a block device or an image file."""
     cluster, colon, name = table.partition(":")
-    if not colon or not cluster or not name:
-        raise ClusterError(f"--table is CLUSTER:NAME, such as home:data, not {table!r}")
+    if not colon or not cluster or not name or not table.isascii() or not table.isprintable():
+        raise ClusterError(f"--table is CLUSTER:NAME, such as home:data, in ASCII, not {table!r}")
     if device.exists() and not yes:
         click.confirm(f"What is on {device} will be lost. Go on?", abort=True)
     made = images.mkfs(device, size, cluster=cluster, name=name, journals=journals)

@@ -29,14 +29,18 @@ def mkfs(path: Path, size: int | None, *, cluster: str, name: str, journals: int
         finally:
             await world.close()
 
+    made_here = False
     try:
         if not path.exists():
             if size is None:
                 raise ClusterError(f"{path} does not exist; give --size to make an image")
             with path.open("xb") as file:
+                made_here = True
                 os.truncate(file.fileno(), size)
         return asyncio.run(body())
     except OSError as error:
+        if made_here:
+            path.unlink(missing_ok=True)  # half an image would be taken for a whole one the next time
         raise ClusterError(f"no filesystem could be made on {path}: {error.strerror or error}") from None
 
 

@@ -21,7 +21,7 @@ from corral.base.view import QuorumRecord
 from corral.cman.state import first_state
 from corral.cman.timing import Timing
 from corral.cman.wire import RECORDS
-from corral.node.config import NODES_MAX, ClusterConfig, NodeConfig, load, write
+from corral.node.config import DETECT_MAX, DETECT_MIN, NODES_MAX, ClusterConfig, NodeConfig, load, write
 from corral.real import pki
 from corral.real.process import machine_id
 from corral.real.world import RealWorld
@@ -115,6 +115,8 @@ def make(layout: Layout, nodes: int, *, name: str = "local", detect: Seconds = 0
     """A new local cluster: configuration, certificates, first state. Raises ConfigurationError."""
     if not 1 <= nodes <= NODES_MAX:
         raise ConfigurationError(f"a cluster has 1 to {NODES_MAX} nodes, not {nodes}")
+    if not DETECT_MIN <= detect <= DETECT_MAX:  # not a number is not either
+        raise ConfigurationError(f"detect is {DETECT_MIN:g} to {DETECT_MAX:g} seconds, not {detect:g}")
     try:
         layout.root.mkdir(mode=0o755, parents=True, exist_ok=True)
         if any(layout.root.iterdir()):

@@ -6,6 +6,7 @@ dropped, the mount is detached and the journal is left to the others.
 
 import asyncio
 import logging
+import signal
 import sys
 from typing import Any, Final
 
@@ -48,10 +49,21 @@ async def serve(world: RealWorld, socket: str, participants: str, device: str, m
     try:
         mounted = await mount(make, mountpoint, Options(source=device), may_reply=participant.may_act)
         log.info("mounted %s on %s", device, mountpoint)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _tell_waiting, mounted, native)
         return await _until_over(mounted, native, participant, withdrawn)
     finally:
         participant.close()
         disk.close()
+
+
+def _tell_waiting(mounted: Mount, native: NativeMount) -> None:
+    """SIGUSR1: what this mount waits for goes to its log."""
+    for line in mounted.session.waiting():
+        log.info("request: %s", line)
+    if native.filesystem is not None:
+        for held in native.filesystem.glock_dump(40):
+            log.info("glock: %s", held)
+        log.info("statistics: %s", native.filesystem.statistics())
 
 
 async def _until_over(

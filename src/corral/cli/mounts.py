@@ -10,7 +10,7 @@ from corral.base.errors import ClusterError
 from corral.base.ids import NodeId
 from corral.cli import processes
 from corral.cli.layout import Layout
-from corral.fuse.mounting import mounted_at, unmount
+from corral.fuse.mounting import abort_connection, mounted_at
 
 MOUNT_SECONDS: Final = 20.0
 
@@ -40,10 +40,11 @@ class Mounts:
         self.clear_dead(node)
 
     def clear_dead(self, node: NodeId) -> None:
-        """Takes away a mount whose process is gone."""
+        """Takes away a mount whose process is gone. By force: what still waits in it is answered with an error."""
         files = self._layout.node(node)
-        if self.is_mounted(node) and processes.read_pid_file(files.mount_pid) is None:
-            unmount(str(files.mount), lazy=True)
+        mounted = mounted_at(str(files.mount))
+        if mounted is not None and processes.read_pid_file(files.mount_pid) is None:
+            abort_connection(mounted)
 
 
 def start_mount(socket: str, device: Path, mountpoint: Path, *, log: Path, pid_file: Path) -> None:
@@ -75,4 +76,4 @@ def last_line(path: Path) -> str:
         lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
         return f"see {path}"
-    return lines[-1] if lines else f"see {path}"
+    return lines[-1].removeprefix("corral: ").removeprefix("corrald: ") if lines else f"see {path}"

@@ -310,7 +310,13 @@ def run(tell: Any, keep: Path | None = None) -> tuple[list[tuple[str, str]], str
 
 
 def _keep_logs(layout: Layout, keep: Path) -> None:
+    """With what each mount waits for, which it tells its log on SIGUSR1."""
     keep.mkdir(parents=True, exist_ok=True)
+    for node in range(1, NODES + 1):
+        mount = processes.read_pid_file(layout.node(node).mount_pid)
+        if mount is not None:
+            processes.send(mount, signal.SIGUSR1)
+    time.sleep(0.5)
     for node in range(1, NODES + 1):
         for log in (layout.node(node).log, layout.node(node).mount_log):
             if log.exists():
