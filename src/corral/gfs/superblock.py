@@ -89,4 +89,8 @@ async def read(device: Device) -> tuple[Superblock, list[str]]:
             return parse(await device.read(number), number, device.blocks), problems
         except BlockDamaged as error:
             problems.append(f"superblock {'copy ' if problems else ''}at {error}")
-    raise Refused("no superblock found: " + "; ".join(problems) + "; is this a corral filesystem? mkfs makes one")
+    raise Refused(
+        "no superblock found: "
+        + ("; ".join(problems) or "it is too small to hold one")
+        + "; is this a corral filesystem? mkfs makes one"
+    )
