@@ -1,6 +1,7 @@
-"""docs/format/ipc.md and store.md say what the code does: tables compared field by field."""
+"""docs/format/ipc.md and store.md say what the code does, and so does the reference of docs/guide/fencing.md."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -9,6 +10,7 @@ import pytest
 
 from corral.api.cman import Peer
 from corral.api.dlm import Completion, Request
+from corral.api.fence import Device, FenceConfig, Method, NodeFencing, parse_fencing
 from corral.base.ids import MemberId
 from corral.base.view import Round, View
 from corral.node.status import Answers
@@ -18,6 +20,7 @@ from corral.real import store, stream
 FORMATS = Path(__file__).parents[2] / "docs" / "format"
 IPC = (FORMATS / "ipc.md").read_text()
 STORE = (FORMATS / "store.md").read_text()
+FENCING = (FORMATS.parent / "guide" / "fencing.md").read_text()
 
 MESSAGES = [
     *ipc_wire.TO_CORRALD.types,
@@ -115,3 +118,34 @@ def test_stores_and_streams_have_the_documented_numbers() -> None:
     assert f"above {stream.MESSAGE_LIMIT} " in STORE
     assert f"longer than {stream.GREETING_LIMIT} bytes" in STORE.replace("\n", " ")
     assert stream.GREETING == b"corral stream 1\n"
+
+
+@pytest.mark.parametrize(
+    ("heading", "table_type", "elsewhere"),
+    [
+        ("`[fence]`", FenceConfig, {"devices", "nodes"}),
+        ("`[[fence.devices]]`", Device, set()),
+        ("`[fence.nodes.N]`", NodeFencing, set()),
+        ("`[[fence.nodes.N.methods]]`", Method, set()),
+    ],
+)
+def test_the_fencing_reference_has_every_key_with_its_default(
+    heading: str, table_type: type[msgspec.Struct], elsewhere: set[str]
+) -> None:
+    rows = {row[0]: row[1] for row in table(FENCING, heading)}
+    fields = {field.name: field for field in msgspec.structs.fields(table_type) if field.name not in elsewhere}
+    assert rows.keys() == fields.keys()
+    for name, default in rows.items():
+        field = fields[name]
+        if field.required:
+            assert default == ""
+        elif isinstance(field.default, bool | int | float):
+            assert tomllib.loads(f"x = {default}")["x"] == field.default
+        else:
+            assert default, name
+
+
+def test_the_fencing_example_is_legal() -> None:
+    example = tomllib.loads(FENCING.split("```toml\n", 1)[1].split("```", 1)[0])
+    config = parse_fencing(example["fence"], [1, 2])
+    assert [method.name for method in config.nodes[1].methods] == ["power", "by-hand"]
