@@ -472,6 +472,9 @@ class FenceEngine:
                     self._attempt_failed(attempt, "the agent did not end in time")
             else:
                 del self._attempts[attempt_id]  # the runner broke its promise; waiting on would help nobody
+                text = "the agent cannot be stopped, and is not waited for any longer"
+                told_times = self._repeats.count(attempt.victim, attempt.method, text)
+                self._out.emit.append(FenceFailed(attempt.victim, attempt.method, self._me, text, told_times))
 
     # --- what members say ----------------------------------------------------------------------------------------
 

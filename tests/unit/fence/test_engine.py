@@ -295,6 +295,17 @@ def test_an_agent_that_never_answers_is_given_up() -> None:
     assert b.count(RunAttempt) == 2
 
 
+def test_whoever_keeps_a_node_waiting_for_an_agent_is_told_when_it_is_given_up() -> None:
+    """Else the node would never be let in: `fencing` is asked when something was emitted or came in."""
+    b = bench(1)
+    b.start(2, [ONE, TWO], [THREE])
+    b.step(Stop())
+    assert b.engine.fencing(3)
+    b.sleep(40)
+    assert not b.engine.fencing(3)
+    assert "cannot be stopped" in b.emitted[-1].text
+
+
 def test_done_waits_for_an_abandoned_agent_at_work_on_a_member() -> None:
     b = bench()
     b.start(2, [ONE, TWO], [THREE])
