@@ -10,7 +10,7 @@ BODY ?= mounts.shared
 SEED ?= 1
 SECONDS ?= $(if $(filter fuzz,$(MAKECMDGOALS)),60,600)
 
-.PHONY: help install check lint types floors unit test sim campaign campaign-report plants fuzz demo system clean
+.PHONY: help install check lint types floors unit test sim campaign campaign-report plants fuzz demo soak system clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -60,6 +60,19 @@ fuzz: $(STAMP)  ## hostile bytes for every decoder and engine: SECONDS=60
 
 demo: $(STAMP)  ## the main job on this machine: three nodes, one filesystem, one kill -9, everything checked
 	$(BIN)/corral demo
+
+MINUTES ?= 30
+soak: $(STAMP)  ## MINUTES (30) of a local cluster on saturated cores: nothing slow may be taken for dead
+	$(BIN)/python -m bench.soak --minutes $(MINUTES)
+
+bench: $(STAMP)  ## what it costs: locks, recovery, files; one table, results in bench/results
+	$(BIN)/python -m bench.locks
+	$(BIN)/python -m bench.recovery
+	$(BIN)/python -m bench.files
+	$(BIN)/python -m bench.report
+
+bench-diff: $(STAMP)  ## the results in bench/results against the committed ones
+	@$(BIN)/python -m bench.report --diff
 
 system:  ## install the Debian packages that tests and demo need
 	@set -e; packages=$$(sed 's/#.*//' system-packages.txt); \

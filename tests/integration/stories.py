@@ -11,6 +11,7 @@ from typing import Any
 from corral.base.errors import ClusterError
 from corral.cli import processes
 from corral.cli.demo import worker
+from corral.cli.demo.checks import Failed
 from corral.cli.demo.runner import Writers
 from corral.cli.layout import Layout, make
 from corral.cli.localcluster import LocalCluster, ask
@@ -155,7 +156,11 @@ class Work:
         directory = self._mounted.mount(node) / self.name
         assert self.writers.acknowledged.total
         self.writers.acknowledged.check_counters(directory, in_flight=len(self.writers._processes))
-        self.writers.acknowledged.check_log(directory / "log")
+        try:
+            self.writers.acknowledged.check_log(directory / "log")
+        except Failed as error:
+            (self._mounted.layout.root / "bad-log").write_bytes((directory / "log").read_bytes())
+            raise Failed(f"{error}; the log is kept in {self._mounted.layout.root}/bad-log") from None
 
     def records_of(self, node: int, through: int) -> int:
         """How many records that node's application has in the log, as another node sees it."""

@@ -189,12 +189,7 @@ def test_a_full_image_says_so_at_once_and_loses_nothing(mounted: Mounted) -> Non
     block = os.urandom(1 << 20)
     written: dict[str, int] = {}
     with pytest.raises(OSError, match="No space left"):
-        for number in range(1000):
-            with (directory / str(number)).open("wb", buffering=0) as file:
-                for _ in range(8):
-                    count = file.write(block)
-                    written[str(number)] = written.get(str(number), 0) + count
-                os.fsync(file.fileno())
+        _fill(directory, block, written)
     through = mounted.mount(2) / "full"
     with pytest.raises(OSError, match="No space left"):
         (through / "more").write_bytes(block * 8)
@@ -205,6 +200,15 @@ def test_a_full_image_says_so_at_once_and_loses_nothing(mounted: Mounted) -> Non
     for path in list(through.iterdir()):
         path.unlink()
     until(lambda: _fits(mounted.mount(1) / "again", block), "space to be free again")
+
+
+def _fill(directory: Path, block: bytes, written: dict[str, int]) -> None:
+    """Files of 8 MiB, each synced, until there is no room; `written` says how much of each was acknowledged."""
+    for number in range(1000):
+        with (directory / str(number)).open("wb", buffering=0) as file:
+            for _ in range(8):
+                written[str(number)] = written.get(str(number), 0) + file.write(block)
+            os.fsync(file.fileno())
 
 
 def _fits(path: Path, block: bytes) -> bool:
