@@ -26,6 +26,7 @@ DISK_SIZE: Final = 512 << 20
 WORK_SECONDS: Final = 12.0
 KILL_AFTER: Final = 4.0
 FOLLOW_SECONDS: Final = 120.0
+EXIT_SECONDS: Final = 10.0
 
 
 class Interrupted(Exception):
@@ -74,9 +75,14 @@ class Writers:
         for line in lines:
             self.acknowledged.take(name, line.decode("utf-8", "replace"))
 
-    @property
-    def running(self) -> list[str]:
-        return sorted(name for name, process in self._processes.items() if process.poll() is None)
+    def still_running(self, seconds: float) -> list[str]:
+        """Those that have not ended in that time: a process that closed its pipe still needs a moment to exit."""
+        end = time.monotonic() + seconds
+        while True:
+            running = sorted(name for name, process in self._processes.items() if process.poll() is None)
+            if not running or time.monotonic() > end:
+                return running
+            time.sleep(0.05)
 
     def kill(self) -> None:
         for process in self._processes.values():
@@ -189,8 +195,9 @@ class Demo:
             raise Failed(f"nothing was acknowledged in {KILL_AFTER:g} s: {self._writers.acknowledged.stopped}")
         self._kill_victim()
         self._writers.read_for(WORK_SECONDS - KILL_AFTER + 20)
-        if self._writers.running:
-            raise Failed(f"writers {', '.join(self._writers.running)} hang")
+        hanging = self._writers.still_running(EXIT_SECONDS)
+        if hanging:
+            raise Failed(f"writers {', '.join(hanging)} hang")
         self._show_recovery()
 
     def _kill_victim(self) -> None:
