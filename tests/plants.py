@@ -21,6 +21,8 @@ from corral.fence.engine import FenceEngine
 from corral.gfs.format import BlockDamaged
 from corral.gfs.replay import JournalDamaged
 from corral.gfs.superblock import Refused
+from corral.sim.harness import Body, Failed
+from corral.sim.harness import run as run_body
 from tests.conformance import test_world_plants, world_suite
 from tests.conformance.test_world import RealLaboratory
 from tests.fuzz.target import Finding, run_case
@@ -33,6 +35,7 @@ from tests.sim import (
     gfs_crash,
     gfs_nodes,
     gfs_plants,
+    node_plants,
     test_comm,
     test_dlm,
     test_fence,
@@ -121,6 +124,16 @@ def of_gfs() -> Iterator[Planted]:
         )
 
 
+def of_nodes() -> Iterator[Planted]:
+    for entry in node_plants.PLANTS:
+
+        def verdict(seed: int, body: Body = entry.body) -> str:
+            said = words_of(run_body, seed, body, errors=Failed)
+            return said[max(said.find("SIM-"), 0) :]  # before it stands where and when
+
+        yield Planted(f"nodes: {entry.plant.__name__}", entry.caught_by, entry.plant, verdict)
+
+
 def of_fuzz() -> Iterator[Planted]:
     for target in targets():
         yield Planted(
@@ -151,7 +164,7 @@ def of_world() -> Iterator[Planted]:
         yield Planted(f"world: {bug.__name__}", (name,), plant, verdict, range(1))
 
 
-SOURCES: Final = (of_cman, of_fence, of_comm, of_dlm, of_gfs, of_fuzz, of_world)
+SOURCES: Final = (of_cman, of_fence, of_comm, of_dlm, of_gfs, of_nodes, of_fuzz, of_world)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ class Worker:
             except OSError as error:
                 if self.participant.lost.done() or self.fs.withdrawn is not None:
                     return
-                raise Violation(f"node {self.number}: an operation failed: {error}") from error
+                raise Violation(f"SIM-11 {self.name}: an operation failed: {error}") from error
             await self.world.sleep_until(self.world.now() + self.world.rng.randrange(40 * MILLISECOND))
 
     def done(self) -> None:

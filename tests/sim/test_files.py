@@ -9,7 +9,7 @@ SEEDS = Path(__file__).parent / "seeds.txt"
 
 
 def test_shared_files_under_faults() -> None:
-    for outcome in harness.run_seeds("files.shared", files.shared, SEEDS, fresh=2):
+    for outcome in harness.run_seeds("files.shared", files.shared, SEEDS, fresh=1):
         assert outcome.result["operations"] > 100
 
 

@@ -1,0 +1,131 @@
+"""Bugs planted into whole simulated nodes, each with the invariants that must name it (tests/plants.py runs them)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+from corral.base.time import SECOND
+from corral.cman.heartbeat import HeartbeatEngine
+from corral.cman.lift import LocalGone
+from corral.dlm.recovery import Recovery as LockRecovery
+from corral.gfs import recovery
+from corral.gfs.filesystem import GfsFilesystem
+from corral.gfs.inode import Inode
+from corral.gfs.recovery import Recovery
+from corral.gfs.volume import Volume
+from corral.node.warden import Local, Warden
+from corral.providers.backends import NativeBackend
+from corral.sim.harness import Body
+from tests.sim import files, nodes
+
+
+def tokens_begin_again(patch: pytest.MonkeyPatch) -> None:
+    """The counter of a resource starts over with its new master."""
+    right = LockRecovery.start
+
+    def start(self: LockRecovery, *arguments: Any) -> None:
+        right(self, *arguments)
+        self._space.base_token = 0
+
+    patch.setattr(LockRecovery, "start", start)
+
+
+def fence_lies(patch: pytest.MonkeyPatch) -> None:
+    """The power switch answers and switches nothing, and leases last far longer than others wait for them."""
+
+    async def idle(self: nodes.Cluster, _world: Any, _argv: Any, stdin: bytes) -> Any:
+        return nodes.Completed(0, nodes.METADATA if b"metadata" in stdin else b"", b"")
+
+    patch.setattr(nodes.Cluster, "power_switch", idle)
+    right = HeartbeatEngine._lease
+
+    def lease(self: HeartbeatEngine, now: int, until: int) -> None:
+        right(self, now, until + 30 * SECOND)
+
+    patch.setattr(HeartbeatEngine, "_lease", lease)
+
+
+def evicted_but_alive(patch: pytest.MonkeyPatch) -> None:
+    """Participants are evicted, and count as gone, although nobody killed them."""
+
+    def evict(self: Warden, local: Local, reason: str) -> None:
+        if not local.dying:
+            local.dying = True
+            self._lift(LocalGone(local.member))
+
+    right = Warden._look
+
+    def look(self: Warden) -> None:
+        right(self)
+        if self._me.node == 1 and self._world.now() > 12 * SECOND:
+            for local in self._living():
+                self.evict(local, "planted")
+
+    patch.setattr(Warden, "evict", evict)
+    patch.setattr(Warden, "_look", look)
+
+
+def callbacks_unheard(patch: pytest.MonkeyPatch) -> None:
+    """Nobody learns that another node waits for what is cached here."""
+    patch.setattr(NativeBackend, "_blocked", lambda self, client, handle, mode: None)
+
+
+def keep_what_was_cached(patch: pytest.MonkeyPatch) -> None:
+    """Another node had the lock in EX, and what was cached here before is believed still."""
+    patch.setattr(Volume, "_forget_cached", lambda self, glock: None)
+
+
+def no_replay(patch: pytest.MonkeyPatch) -> None:
+    """A dead node's journal is thrown away."""
+
+    async def nothing(_device: Any, _state: Any) -> None:
+        return
+
+    patch.setattr(recovery, "put_in_place", nothing)
+
+
+def no_statfs_of_the_dead(patch: pytest.MonkeyPatch) -> None:
+    """What a dead node had allocated and freed is not counted, and forgotten."""
+
+    async def forget(self: Recovery, slot: int) -> None:
+        change = self.filesystem.system_inode(b"statfs_change%d" % slot)
+        await self.filesystem.hold(change, 3, 2)
+        change.payload[:] = bytes(len(change.payload))
+        self.filesystem.touch(change)
+        await self.filesystem.journal.commit()
+        self.filesystem.drop(change, 3)
+        self.filesystem.locks.give_up(change.glock)
+
+    patch.setattr(Recovery, "_merge_statfs", forget)
+
+
+def open_unknown_to_others(patch: pytest.MonkeyPatch) -> None:
+    """An open takes no lock that others could see: they free the file when its last name goes."""
+
+    async def hold_iopen(self: GfsFilesystem, inode: Inode) -> None:
+        inode.opens += 1
+
+    async def drop_iopen(self: GfsFilesystem, inode: Inode) -> None:
+        inode.opens -= 1
+
+    patch.setattr(GfsFilesystem, "hold_iopen", hold_iopen)
+    patch.setattr(GfsFilesystem, "drop_iopen", drop_iopen)
+
+
+class Plant(NamedTuple):
+    plant: Callable[[pytest.MonkeyPatch], None]
+    caught_by: tuple[str, ...]
+    body: Body
+
+
+PLANTS = (
+    Plant(tokens_begin_again, ("SIM-1",), nodes.locks),
+    Plant(fence_lies, ("SIM-2",), nodes.locks),
+    Plant(evicted_but_alive, ("SIM-3",), files.calm),
+    Plant(callbacks_unheard, ("SIM-4",), files.calm),
+    Plant(keep_what_was_cached, ("SIM-5", "SIM-7", "SIM-10"), files.calm),
+    Plant(no_replay, ("SIM-5", "SIM-6", "SIM-7"), files.shared),
+    Plant(no_statfs_of_the_dead, ("SIM-8",), files.calm),
+    Plant(open_unknown_to_others, ("SIM-11",), files.calm),
+)
