@@ -10,7 +10,7 @@ BODY ?= mounts.shared
 SEED ?= 1
 SECONDS ?= $(if $(filter fuzz,$(MAKECMDGOALS)),60,600)
 
-.PHONY: help install check lint types floors unit test sim campaign campaign-report plants fuzz demo soak system clean
+.PHONY: help install check lint types floors unit test sim campaign campaign-report plants fuzz demo soak bench bench-diff system clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16

@@ -39,8 +39,8 @@ from bench.common import HEADING, Results, Row, cluster, cpu_of, mount_process
 from corral.cli.layout import Layout
 
 LISTED = 2_000
-SYNCED = 150  # files with fsync each
-MEGABYTES = 128
+SYNCED = 100  # files with fsync each
+MEGABYTES = 64
 MIB = 1 << 20
 
 # --- one process on one mount ----------------------------------------------------------------------------------------
@@ -206,9 +206,9 @@ class Bench:
         for _ in range(self._runs):
             with tempfile.TemporaryDirectory(prefix="corral-bench-plain-", dir=layout.root.parent) as directory:
                 one = {0: f"{directory}/"}
-                self._common(processes, one, [], figures)
+                self._warm(processes, one, [], figures, self._files)
+                processes.run("create", one, self._files, [])
                 self._note(figures, "stat, cold", processes.run("stat", one, self._files, []), self._files)
-                self._rest(processes, one, [], figures)
                 processes.run("forget", one, 0, [])
                 self._note(figures, "sequential read, cold", processes.run("read", one, MEGABYTES, []), MEGABYTES)
                 self._listing(processes, {0: f"{directory}/l/"}, {0: f"{directory}/l/"}, [], figures)
@@ -229,10 +229,12 @@ class Bench:
         others = {node - 1: f"{root[node]}/{own[maker]}n{maker}-" for maker in working for node in [maker % 3 + 1]}
         busy = [pids[node] for node in working]
         both = [pids[node] for node in sorted({*working, *(index + 1 for index in others)})]
-        self._common(processes, prefixes, busy, figures)
-        count = self._files
-        self._note(figures, "stat, cold", processes.run("stat", others, count, both), count * len(working))
-        self._rest(processes, prefixes, busy, figures)
+        count = self._count(working, shared)
+        self._warm(processes, prefixes, busy, figures, count)
+        made = {index: f"{prefix}cold-" for index, prefix in prefixes.items()}
+        looked = {index: f"{prefix}cold-" for index, prefix in others.items()}
+        processes.run("create", made, count, [])
+        self._note(figures, "stat, cold", processes.run("stat", looked, count, both), count * len(working))
         total = MEGABYTES * len(working)
         self._note(figures, "sequential read, cold", processes.run("read", others, MEGABYTES, both), total)
         if working == [1]:
@@ -240,18 +242,21 @@ class Bench:
             self._listing(processes, listed, {2: f"{root[3]}/l/"}, [pids[1], pids[3]], figures)
         shutil.rmtree(root[1])
 
-    def _common(self, processes: Workers, prefixes: dict[int, str], pids: list[int], figures: Figures) -> None:
-        total = self._files * len(prefixes)
-        self._note(figures, "create", processes.run("create", prefixes, self._files, pids), total)
-        self._note(figures, "stat, warm", processes.run("stat", prefixes, self._files, pids), total)
+    def _count(self, working: list[int], shared: bool) -> int:
+        """Fewer where each is slow: a rate does not need more."""
+        return self._files if working == [1] else max(50, self._files // (10 if shared else 4))
 
-    def _rest(self, processes: Workers, prefixes: dict[int, str], pids: list[int], figures: Figures) -> None:
+    def _warm(
+        self, processes: Workers, prefixes: dict[int, str], pids: list[int], figures: Figures, files: int
+    ) -> None:
         many = len(prefixes)
         for phase, title, count in (
-            ("rename", "rename", self._files),
-            ("unlink", "unlink", self._files),
-            ("small", "4 KiB files", self._files),
-            ("synced", "4 KiB files + fsync", SYNCED),
+            ("create", "create", files),
+            ("stat", "stat, warm", files),
+            ("rename", "rename", files),
+            ("unlink", "unlink", files),
+            ("small", "4 KiB files", files),
+            ("synced", "4 KiB files + fsync", min(files, SYNCED)),
             ("write", "sequential write + fsync", MEGABYTES),
             ("read", "sequential read, warm", MEGABYTES),
         ):
