@@ -15,6 +15,7 @@ import importlib
 import json
 import signal
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from time import monotonic, process_time
@@ -257,6 +258,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seeds", type=Path, default=SEEDS, help="where failing seeds are kept")
     parser.add_argument("--commit", default="", help="of the source that runs, where git cannot tell")
+    parser.add_argument("--fresh", action="store_true", help="seeds nobody has run, drawn by chance, kept in no record")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--show", nargs=2, metavar=("BODY", "SEED"))
     parser.add_argument("--trace", type=Path, help="with --show, whole nodes only: the story goes to this file")
@@ -270,12 +272,29 @@ def main() -> int:
             parser.error(f"--show takes one of {', '.join(BODIES)} and a number")
         return show(name, int(seed), asked.trace)
     bodies = {name: body for name, body in BODIES.items() if not asked.body or name in asked.body}
+    if asked.fresh:
+        return fresh(asked.seconds, asked.seeds, bodies)
     campaign = Campaign(asked.results, asked.seeds, asked.commit or harness.commit(), bodies)
     signal.signal(signal.SIGINT, campaign.stop)
     until = monotonic() + asked.seconds
     campaign.kept()
     campaign.go(until)
     print(report(read_results(asked.results)))
+    return 1 if campaign.failures else 0
+
+
+def fresh(seconds: float, seeds: Path, bodies: Mapping[str, Body]) -> int:
+    """For every change: some seconds of seeds that were never run before."""
+    with tempfile.TemporaryDirectory() as directory:
+        results = Path(directory) / "results.jsonl"
+        (first,) = harness.fresh_seeds(1)
+        for name in bodies:
+            append(results, json.dumps({"commit": "", "body": name, "first_seed": first, "count": 0}))
+        campaign = Campaign(results, seeds, harness.commit(), bodies)
+        signal.signal(signal.SIGINT, campaign.stop)
+        campaign.go(monotonic() + seconds)
+        run = sum(batch["count"] for batch in read_results(results))
+    print(f"{run} fresh seeds from {first}, {campaign.failures} failed")
     return 1 if campaign.failures else 0
 
 

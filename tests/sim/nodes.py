@@ -85,9 +85,9 @@ class Oracle:
             machine = self.sim.machines[f"n{number}"]
             process = machine.running("corrald")
             # The object of a process that was killed is still here while its successor starts.
-            if process is not None and process.identity == node.world.process.me:
-                if machine.powered and not machine.halted:
-                    living[number] = node
+            mine = process is not None and process.identity == node.world.process.me
+            if mine and machine.powered and not machine.halted:
+                living[number] = node
         return living
 
     def look(self) -> None:
