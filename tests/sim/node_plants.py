@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from corral.base.time import SECOND
+from corral.base.world import Completed
 from corral.cman.heartbeat import HeartbeatEngine
 from corral.cman.lift import LocalGone
 from corral.dlm.recovery import Recovery as LockRecovery
@@ -35,7 +36,9 @@ def fence_lies(patch: pytest.MonkeyPatch) -> None:
     """The power switch answers and switches nothing, and leases last far longer than others wait for them."""
 
     async def idle(self: nodes.Cluster, _world: Any, _argv: Any, stdin: bytes) -> Any:
-        return nodes.Completed(0, nodes.METADATA if b"metadata" in stdin else b"", b"")
+        if b"action=metadata" in stdin:
+            return Completed(0, nodes.METADATA, b"")
+        return Completed(2 if b"action=status" in stdin else 0, b"", b"")  # 2: it is off
 
     patch.setattr(nodes.Cluster, "power_switch", idle)
     right = HeartbeatEngine._lease
