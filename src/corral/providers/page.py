@@ -99,6 +99,10 @@ class PageReader:
         words = self._words
         if self._line is not None and words[self._line]:
             return 0
+        before: int = words[_SEQUENCE]
+        lease: int = words[_LEASE]
+        if before == words[_SEQUENCE] and not before & 1:
+            return lease
         for _ in range(8):
             before = words[_SEQUENCE]
             lease = words[_LEASE]
