@@ -218,7 +218,7 @@ class GlockTable:
 
     def try_hold_io(self, glock: Glock, state: int) -> bool:
         """For a request that the kernel's invalidation may be waiting for: served while the lock is still held."""
-        if glock.phase != INVALIDATING or not COVERS[glock.state][state] or glock.holders < 0:
+        if glock.phase != INVALIDATING or not COVERS[glock.state][state] or glock.holders < 0 or glock.gated:
             return False
         if state == EX:
             if glock.holders:
@@ -446,7 +446,10 @@ class GlockTable:
 
     def _serve_io(self, glock: Glock) -> None:
         """Reads and writes that came to wait before or during the invalidation: the kernel cannot drop the pages they
-        have locked before they are answered, and the lock is still held."""
+        have locked before they are answered, and the lock is still held. Not under a mode that recovery still gates
+        (GFS-3): a journal that is still to be replayed would be put over what they wrote. They wait for the gate."""
+        if glock.gated:
+            return
         waiting: list[Holder] = []
         for holder in glock.queue:
             busy = glock.holders != 0 if holder.state == EX else glock.holders < 0

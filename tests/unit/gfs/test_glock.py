@@ -364,3 +364,18 @@ def test_a_write_that_waited_before_the_invalidation_is_served_in_it() -> None:
     stepped.release(EX)
     assert stepped.glock.io_served == 2
     assert stepped.syncs() == [UN]
+
+
+def test_a_write_is_not_served_under_a_gated_lock_that_is_asked_back() -> None:
+    """It would be acknowledged on top of what a journal still to be replayed holds, and then overwritten by it."""
+    stepped = Stepped()
+    write = stepped.want(EX, IO)
+    stepped.table.close_gate()
+    stepped.answer()
+    assert stepped.glock.gated
+    stepped.blocking(DLM_EX)
+    assert stepped.glock.phase == INVALIDATING
+    assert not write.granted
+    assert not stepped.table.try_hold_io(stepped.glock, EX)
+    stepped.table.open_gate(stepped.now)
+    assert write.granted
