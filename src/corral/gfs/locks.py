@@ -99,7 +99,7 @@ class Locks:
 
     async def wait_drained(self, glock: Glock) -> None:
         """Until the reads and writes served during an invalidation are done."""
-        if glock.holders:
+        while glock.holders:  # another may have been served before this task ran again
             drained = self._drained[glock.kind, glock.number] = self.world.future()
             await drained
 
