@@ -149,8 +149,8 @@ class Work:
             if process.poll() is None:
                 process.kill()
         end = time.monotonic() + PATIENCE
-        while self.writers.running:
-            assert time.monotonic() < end, f"{self.writers.running} cannot be ended: they hang in a mount"
+        while self.writers.still_running(10):
+            assert time.monotonic() < end, f"{self.writers.still_running(10)} cannot be ended: they hang in a mount"
             self.writers.read_for(0.1)
         self.writers.read_for(0.1)
         directory = self._mounted.mount(node) / self.name
