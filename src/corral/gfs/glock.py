@@ -363,13 +363,13 @@ class GlockTable:
     def begin_sync(self, glock: Glock) -> None:
         """The kernel's caches are clean: from here nobody is served under this lock any more."""
         assert glock.phase == INVALIDATING
-        assert glock.holders == 0, "GFS-2"
+        assert may_lower(glock), "GFS-2"
         glock.phase = SYNCING
 
     def synced(self, now: Instant, glock: Glock, target: int) -> None:
         """Everything is in place and (target UN) dropped: the mode may go down."""
         assert glock.phase == SYNCING
-        assert glock.holders == 0, "GFS-2"
+        assert may_lower(glock), "GFS-2"
         assert glock.dirty == 0, "GFS-2"
         if glock.state == EX and glock.kind in (INODE, RGRP):
             self.cost_ns += (now - glock.demoted_at - self.cost_ns) // COST_SHARE
@@ -414,7 +414,7 @@ class GlockTable:
         if glock.phase != IDLE:
             return
         if glock.blocked:
-            if glock.holders == 0:
+            if may_lower(glock):
                 self._demote(now, glock)
             return
         queue = glock.queue
@@ -488,6 +488,12 @@ class GlockTable:
         for glock in self.glocks.values():
             if not glock.holders and not glock.queue and glock.phase == IDLE and not glock.blocked:
                 yield glock
+
+
+def may_lower(glock: Glock) -> bool:
+    """Nobody holds it; or what is held is an open file, as long as it likes, and the mode asked for still covers that
+    (EX was left by a reclaim before): others who want to open the file would wait until it is closed."""
+    return glock.holders == 0 or (glock.kind == IOPEN and glock.holders > 0 and glock.demote == SH)
 
 
 def _recovery_first(queue: list[Holder]) -> None:

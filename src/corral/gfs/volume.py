@@ -492,7 +492,8 @@ class Volume:
                     target = UN  # pages of a file open for writing are cached under EX only
                 if target == UN:
                     await self._invalidate_kernel(cached)
-            await self.locks.wait_drained(glock)  # on the way to SH too reads are served until here
+            if glock.kind != IOPEN:
+                await self.locks.wait_drained(glock)  # on the way to SH too reads are served until here
             self.locks.table.begin_sync(glock)
             if glock.state == EX:
                 if glock.kind == INODE and cached is not None:

@@ -12,6 +12,7 @@ from corral.gfs.glock import (
     INODE,
     INVALIDATING,
     IO,
+    IOPEN,
     NOEXP,
     SH,
     TRY,
@@ -379,3 +380,25 @@ def test_a_write_is_not_served_under_a_gated_lock_that_is_asked_back() -> None:
     assert not stepped.table.try_hold_io(stepped.glock, EX)
     stepped.table.open_gate(stepped.now)
     assert write.granted
+
+
+def test_an_open_file_does_not_keep_others_from_opening_it() -> None:
+    """EX may be cached from a reclaim of the block's earlier life; the open itself needs SH only, and lasts."""
+    stepped = Stepped()
+    stepped.glock = stepped.table.get(IOPEN, 7)
+    reclaim = stepped.want(EX)
+    stepped.answer()
+    stepped.release(EX)
+    opened = stepped.want(SH)
+    assert reclaim.granted
+    assert opened.granted
+    stepped.asked()
+    stepped.blocking(PR)
+    again = stepped.want(SH)
+    assert stepped.syncs() == [SH]
+    stepped.table.begin_sync(stepped.glock)
+    stepped.table.synced(stepped.now, stepped.glock, SH)
+    assert stepped.asked() == [("convert", PR, 0)]
+    stepped.answer()
+    assert stepped.glock.state == SH
+    assert again.granted
