@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 import stat
 import struct
@@ -14,6 +15,7 @@ from typing import Final, NamedTuple, final
 FILES_MIN: Final = 1_000
 BYTES_MIN: Final = 40 << 20
 FILLER_SIZE: Final = 256 << 10
+RECORD: Final = re.compile(rb"(n\d+l) (\d+) (x*)(\n?)")
 
 Progress = Callable[[str], None]
 
@@ -159,16 +161,23 @@ class Acknowledged:
         return f"{sum(self.increments.values())} increments"
 
     def check_log(self, path: Path) -> str:
-        """Every acknowledged record is there once, whole, and each writer's are in order."""
+        """Every acknowledged record is there once, whole, and each writer's are in order. Of a record that was never
+        acknowledged, because its writer's node died in the middle of it, a first part may be there."""
         seen: dict[str, int] = {}
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            words = line.decode("ascii", "replace").split(" ")
-            if len(words) < 3 or not words[1].isdigit() or words[2] != "x" * (int(words[1]) % 90):
-                raise Failed(f"the log has a damaged record: {line[:60]!r}")
-            name, number = words[0], int(words[1])
+        content = path.read_bytes()
+        at = 0
+        while at < len(content):
+            record = RECORD.match(content, at)
+            if record is None:
+                raise Failed(f"the log has a damaged record: {content[at : at + 60]!r}")
+            at = record.end()
+            name, number = record[1].decode(), int(record[2])
             if number != seen.get(name, 0) + 1:
                 raise Failed(f"the log has record {number} of {name} after {seen.get(name, 0)}")
-            seen[name] = number
+            if len(record[3]) == number % 90 and record[4]:
+                seen[name] = number
+            elif number <= self.records.get(name, 0):
+                raise Failed(f"the log has only a part of an acknowledged record: {record[0][:60]!r}")
         for name, number in sorted(self.records.items()):
             if seen.get(name, 0) < number:
                 raise Failed(f"{number} records of {name} were acknowledged, the log has {seen.get(name, 0)}")
