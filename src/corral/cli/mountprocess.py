@@ -6,7 +6,9 @@ dropped, the mount is detached and the journal is left to the others.
 
 import asyncio
 import logging
+import os
 import signal
+import subprocess
 import sys
 from typing import Any, Final
 
@@ -46,12 +48,18 @@ async def serve(world: RealWorld, socket: str, participants: str, device: str, m
         return await native.open(notifier)
 
     mounted: Mount | None = None
+    guardian = subprocess.Popen(  # noqa: ASYNC220 (nothing is served yet that it could hold up)
+        [sys.executable, "-m", "corral.fuse.guardian", mountpoint, str(os.getpid())],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         mounted = await mount(make, mountpoint, Options(source=device), may_reply=participant.may_act)
         log.info("mounted %s on %s", device, mountpoint)
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _tell_waiting, mounted, native)
         return await _until_over(mounted, native, participant, withdrawn)
     finally:
+        guardian.terminate()
         participant.close()
         disk.close()
 
