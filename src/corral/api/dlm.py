@@ -4,7 +4,7 @@ Source of the semantics: OpenVMS lock manager, Linux `fs/dlm` (modes, matrices, 
 those of `dlmconstants.h`); docs/guide/locks.md tells them for users.
 """
 
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, Final, Protocol
 
@@ -160,6 +160,3 @@ class LockManager(Protocol):
         """True: one member only, single-node shortcuts are allowed."""
 
     async def lockspace(self, name: str, *, value_size: int = VALUE_SIZE) -> Lockspace: ...
-
-
-AsyncBody = Callable[[Lock], Coroutine[Any, Any, Any]]

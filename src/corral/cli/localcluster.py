@@ -6,7 +6,6 @@ crashes. Waiting always has a bound and says what it waited for.
 
 import asyncio
 import contextlib
-import shutil
 import signal
 import sys
 import time
@@ -214,8 +213,3 @@ class LocalCluster:
                     entry["error"] = str(error)
             nodes[str(node)] = entry
         return {"cluster": self.config.name, "directory": str(self.layout.root), "nodes": nodes}
-
-
-def remove(layout: Layout) -> None:
-    """The directory of a cluster that is down."""
-    shutil.rmtree(layout.root, ignore_errors=True)

@@ -19,7 +19,7 @@ from corral.real.process import boot_id, start_time
 END_SECONDS: Final = 10.0
 
 
-def spawn(argv: Sequence[str], *, log: Path, pid_file: Path, environment: dict[str, str] | None = None) -> ProcessId:
+def spawn(argv: Sequence[str], *, log: Path, pid_file: Path) -> ProcessId:
     """Starts a process in a session of its own, its output appended to `log`."""
     with log.open("ab") as output:
         child = subprocess.Popen(
@@ -28,7 +28,6 @@ def spawn(argv: Sequence[str], *, log: Path, pid_file: Path, environment: dict[s
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env=None if environment is None else {**os.environ, **environment},
         )
     process = ProcessId(child.pid, start_time(child.pid) or 0, boot_id())
     pid_file.write_text(f"{process.pid} {process.start} {process.boot_id}\n")

@@ -20,7 +20,6 @@ LOCKS_MAX: Final = 4_000_000  # of this process, and again for each peer's copie
 FROZEN_MAX: Final = 1 << 20  # messages held while suspended
 TOSSED_MAX: Final = 100_000  # unused resources kept for their next user
 TOSS_NS: Final = 10 * SECOND
-LOOKUPS_MAX: Final = 1 << 20
 
 TOKEN_SHIFT: Final = 32
 

@@ -16,7 +16,6 @@ TEXT_MAX = 1024  # characters of agent output or operator's text that travel
 HISTORY_REPLY_MAX = 64
 
 Text = Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
-Small = Annotated[int, msgspec.Meta(ge=0, le=255)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53))]
 
 

@@ -263,9 +263,6 @@ class DataCache:
         """What is dirty now is on the device (not flushed) on return, and so are writes that were under way."""
         await self._write(None)
 
-    async def write_inode(self, data: FileData) -> None:
-        await self._write(data)
-
     async def write_clean(self, data: FileData) -> None:
         """Nothing of this file is dirty or under way on return, if nobody writes to it meanwhile."""
         while not data.is_clean:

@@ -300,10 +300,6 @@ LAYOUTS: Final = (
 ZERO_BLOCK: Final = bytes(BLOCK)
 
 
-def crc32c(data: bytes) -> int:
-    return int(google_crc32c.value(data))
-
-
 def seal(block: bytearray, kind: int, number: int, generation: int) -> bytes:
     """Fills the header and returns the finished image: what is logged and later written in place."""
     HEADER.pack_into(block, 0, MAGIC, kind, 0, number, generation)

@@ -198,10 +198,6 @@ class Inode(Meta):
         return self.mode & S_IFMT == S_IFREG
 
     @property
-    def is_stuffed(self) -> bool:
-        return bool(self.flags & fmt.STUFFED)
-
-    @property
     def is_idle(self) -> bool:
         """Nobody refers to it: it may leave the cache."""
         return not (self.lookups or self.opens or self.dirty) and (self.data is None or self.data.is_clean)

@@ -36,7 +36,6 @@ class Recovery:
 
     def __init__(self, filesystem: "GfsFilesystem") -> None:
         self.filesystem = filesystem
-        self.ever_finished = False  # until then a round without survivors makes this node a first mounter
         self.started = -1
         self.replayed: list[int] = []  # slots, for status
         self.scan_wanted = False  # a journal was replayed, or nobody was here before: look for unlinked inodes
@@ -74,10 +73,7 @@ class Recovery:
     def finish(self, round: Round | None) -> bool:
         """False for a stale round, or while a journal is known to be unreadable."""
         identity = round.id if round is not None else 0
-        if identity != self.started or self.failed:
-            return False
-        self.ever_finished = True
-        return True
+        return identity == self.started and not self.failed
 
     async def _recover(self, slot: int) -> None:
         filesystem = self.filesystem

@@ -341,13 +341,6 @@ class Rgrp(Meta):
         self.dinodes -= 1
         self.unlinked += 1
 
-    def relink_dinode(self, number: int) -> None:
-        """A name again (a link made through an open descriptor)."""
-        assert self.state(number) == UNLINKED, "GFS-9"
-        set_range(self.bits, number - self.data0, 1, DINODE_STATE)
-        self.dinodes += 1
-        self.unlinked -= 1
-
     def free_dinode(self, number: int) -> None:
         assert self.state(number) == UNLINKED, "GFS-9"
         self.unlinked -= 1

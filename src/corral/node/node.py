@@ -10,8 +10,8 @@ The same class runs under `corrald` and, in virtual time, in the simulator.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, Final, NamedTuple, final
+from collections.abc import Callable
+from typing import Final, NamedTuple, final
 
 from corral.api.cman import FENCE_GROUP
 from corral.base.engine import Received
@@ -83,9 +83,6 @@ class Ended(NamedTuple):
     reason: str
     again: bool
     clean: bool = False
-
-
-LaunchLockService = Callable[[], Coroutine[Any, Any, None]]
 
 
 @final

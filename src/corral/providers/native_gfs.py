@@ -67,7 +67,6 @@ class NativeMount:
     def __init__(self, world: World, participant: Participant, disk: Disk, options: Options | None = None) -> None:
         self.superblock: Superblock
         self.filesystem: GfsFilesystem | None = None
-        self.replays = 0
         self._world: Final = world
         self._participant: Final = participant
         self._disk: Final = disk
@@ -77,7 +76,6 @@ class NativeMount:
         self._backend: NativeBackend
         self._lockspace: _Unclosed
         self._mounting: asyncio.Future[GfsFilesystem] | None = None
-        self._starting = False
 
     async def open(self, notifier: Notifier | None) -> GfsFilesystem:
         """Raises ClusterError, or gfs's Refused or JournalDamaged, each with a sentence."""
@@ -113,18 +111,13 @@ class NativeMount:
             self.filesystem.stop()
 
     async def start(self, round: Round) -> None:
-        self._starting = True
-        try:
-            self._participant.round_begun(round.group, round.id)
-            if self._mounting is None:
-                # Not cancelled with the round: a newer one goes on with the same mount, which holds locks already.
-                self._mounting = self._world.spawn(self._mount(round.slot_of(self._participant.me)), "mount")
-            filesystem: GfsFilesystem = await asyncio.shield(self._mounting)
-            self.filesystem = filesystem
-            await filesystem.start(round)
-            self.replays = len(filesystem.recovery.replayed)
-        finally:
-            self._starting = False
+        self._participant.round_begun(round.group, round.id)
+        if self._mounting is None:
+            # Not cancelled with the round: a newer one goes on with the same mount, which holds locks already.
+            self._mounting = self._world.spawn(self._mount(round.slot_of(self._participant.me)), "mount")
+        filesystem: GfsFilesystem = await asyncio.shield(self._mounting)
+        self.filesystem = filesystem
+        await filesystem.start(round)
 
     async def _mount(self, slot: int) -> GfsFilesystem:
         return await mount(
@@ -143,6 +136,10 @@ class NativeMount:
 
     def deliver(self, peer: MemberId, payloads: list[bytes]) -> None:
         """Members of gfs speak through their locks only; whatever comes here is a peer's mistake."""
+
+    def blocked_by(self) -> bool:
+        """Unknown here: a start that is long counts as this mount's own doing."""
+        return False
 
     # -- the lease
 

@@ -72,6 +72,9 @@ class Service(Recoverable, Protocol):
 
     def deliver(self, peer: MemberId, payloads: list[bytes]) -> None: ...
 
+    def blocked_by(self) -> bool:
+        """Whether a start under way here waits for other members: its length is then not this process's fault."""
+
 
 @final
 class _Membership:
@@ -177,10 +180,7 @@ class Participant:
 
     def _blocked(self, group: _Membership) -> bool:
         """Whether the start of this group waits for other members, so that its length is not this process's fault."""
-        if set(group.peers) - self._sessions:
-            return True
-        blocked_by = getattr(group.service, "blocked_by", None)
-        return bool(blocked_by is not None and blocked_by())
+        return bool(set(group.peers) - self._sessions) or group.service.blocked_by()
 
     # -- what services ask
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, cast, final
 
 from corral.base.world import Connection, ConnectionHandler, Credentials, Listener
-from corral.real.stream import GREETING, Fatal, Stream
+from corral.real.stream import GREETING, Fatal, Stream, Streams
 
 SOCKET_MODE: Final = 0o660
 ADDRESS_MAX: Final = 107  # bytes in sun_path
@@ -37,7 +37,7 @@ class RealLocal:
         self.refused = 0  # connections over CONNECTIONS_MAX
         self._loop = loop
         self._fatal = fatal
-        self._streams: set[Stream] = set()
+        self.open_streams: Final = Streams()
         self._listeners: set[LocalListener] = set()
 
     async def listen(self, path: str, accept: Callable[[Connection], ConnectionHandler]) -> Listener:
@@ -55,7 +55,7 @@ class RealLocal:
     async def connect(self, path: str, handler: ConnectionHandler) -> Connection:
         """Raises FileNotFoundError or ConnectionRefusedError when nobody listens, PermissionError, else OSError."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        stream = Stream(self._loop, self._fatal, self._streams)
+        stream = Stream(self._loop, self._fatal, self.open_streams)
         try:
             async with asyncio.timeout(GREETING_SECONDS):
                 while True:
@@ -122,16 +122,7 @@ class RealLocal:
     def close(self) -> None:
         for listener in list(self._listeners):
             listener.close()
-        for stream in list(self._streams):
-            stream.close()
-
-    @property
-    def open_streams(self) -> "set[Stream]":
-        return self._streams
-
-    def abort(self) -> None:
-        for stream in list(self._streams):
-            stream.drop()
+        self.open_streams.close()
 
 
 @final
@@ -165,11 +156,11 @@ class LocalListener:
                 os.unlink(self._path)
 
     def stream(self) -> Stream:
-        return Stream(self._local._loop, self._local._fatal, self._local._streams, self._established)
+        return Stream(self._local._loop, self._local._fatal, self._local.open_streams, self._established)
 
     def _established(self, stream: Stream) -> None:
         local = self._local
-        if len(local._streams) > CONNECTIONS_MAX:
+        if len(local.open_streams) > CONNECTIONS_MAX:
             local.refused += 1
             stream.refuse("too many connections")
             return

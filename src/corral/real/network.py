@@ -22,7 +22,7 @@ from corral.real.complaints import Complaints
 from corral.real.counters import Counters
 from corral.real.datagrams import RealDatagrams
 from corral.real.identity import Credentials, names_of
-from corral.real.stream import GREETING, LINGER_SECONDS, Fatal, Stream
+from corral.real.stream import GREETING, LINGER_SECONDS, Fatal, Stream, Streams
 
 HANDSHAKE_SECONDS: Final = 5.0  # connect included
 HALF_OPEN_MAX: Final = 128  # handshakes under way on one listener; each costs up to 300 KiB
@@ -53,7 +53,7 @@ class RealNetwork:
         self._now = now
         self._fatal = fatal
         self._complaints = Complaints(log)
-        self._streams: set[Stream] = set()
+        self.open_streams: Final = Streams()
         self._open: set[TlsListener | RealDatagrams] = set()
 
     def complain(self, source: str, sentence: str) -> None:
@@ -76,7 +76,7 @@ class RealNetwork:
 
     async def connect(self, address: str, node: NodeId, handler: ConnectionHandler) -> Connection:
         credentials = self._need_credentials()
-        stream = Stream(self._loop, self._fatal, self._streams)
+        stream = Stream(self._loop, self._fatal, self.open_streams)
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 sock = await self._connected(address)
@@ -196,16 +196,7 @@ class RealNetwork:
         """Listeners and datagram sockets at once; connections send what they can and break."""
         for item in list(self._open):
             item.close()
-        for stream in list(self._streams):
-            stream.close()
-
-    @property
-    def open_streams(self) -> "set[Stream]":
-        return self._streams
-
-    def abort(self) -> None:
-        for stream in list(self._streams):
-            stream.drop()
+        self.open_streams.close()
 
 
 @final
@@ -271,7 +262,7 @@ class TlsListener:
     def _begin(self, sock: socket.socket, host: str) -> None:
         sock.setblocking(False)
         network = self._network
-        if len(network._streams) >= CONNECTIONS_MAX:
+        if len(network.open_streams) >= CONNECTIONS_MAX:
             network.counters.connections_refused += 1
             sock.close()
             return
@@ -293,7 +284,9 @@ class TlsListener:
 
     async def _handshake(self, sock: socket.socket, host: str) -> None:
         network = self._network
-        stream = Stream(self._loop, network._fatal, network._streams, lambda stream: self._established(stream, host))
+        stream = Stream(
+            self._loop, network._fatal, network.open_streams, lambda stream: self._established(stream, host)
+        )
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 _tune(sock)

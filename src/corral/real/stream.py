@@ -69,7 +69,7 @@ class Stream(asyncio.BufferedProtocol):
         self,
         loop: asyncio.AbstractEventLoop,
         fatal: Fatal,
-        live: "set[Stream]",
+        live: "Streams",
         established: "Callable[[Stream], None] | None" = None,
     ) -> None:
         self.node: NodeId | None = None
@@ -334,3 +334,18 @@ def _sentence(error: Exception) -> str:
     """What a break's exception says, on one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())
+
+
+@final
+class Streams(set[Stream]):
+    """Those that live, of one kind: each adds and removes itself."""
+
+    def close(self) -> None:
+        """They send what they can and break."""
+        for stream in list(self):
+            stream.close()
+
+    def drop(self) -> None:
+        """At once, whatever they still have to send."""
+        for stream in list(self):
+            stream.drop()

@@ -231,6 +231,6 @@ class RealWorld:
             if not self._network.open_streams and not self._local.open_streams:
                 break
             await asyncio.sleep(0.005)
-        self._network.abort()
-        self._local.abort()
+        self._network.open_streams.drop()
+        self._local.open_streams.drop()
         await asyncio.sleep(0.005 if self._network.open_streams or self._local.open_streams else 0)

@@ -29,7 +29,6 @@ Accept = Callable[[Connection], ConnectionHandler]
 LOOPBACK: Final = frozenset(("localhost", "127.0.0.1", "::1"))
 ANY: Final = "0.0.0.0"
 DATAGRAM_MAX: Final = 65_507
-EPHEMERAL_PORT: Final = 32_768
 HANDSHAKE_TRIPS: Final = 2  # TCP and TLS 1.3
 
 

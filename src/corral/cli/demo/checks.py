@@ -6,7 +6,6 @@ import re
 import shutil
 import stat
 import struct
-import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -182,7 +181,3 @@ class Acknowledged:
             if seen.get(name, 0) < number:
                 raise Failed(f"{number} records of {name} were acknowledged, the log has {seen.get(name, 0)}")
         return f"{sum(self.records.values())} records"
-
-
-def python() -> str:
-    return sys.executable
