@@ -105,8 +105,26 @@ class Mounted:
         work = Work(self, f"story{self._stories}", seconds)
         try:
             yield work
+        except BaseException:
+            self._keep(work)
+            raise
         finally:
             work.writers.end()
+
+    def _keep(self, work: "Work") -> None:
+        """What a story that failed leaves to look at: the logs, and where in the kernel its applications are."""
+        directory = self.layout.root / f"failed-{work.name}"
+        self.cluster.keep_logs(directory)
+        with (directory / "applications").open("w") as file:
+            for name, process in work.writers.processes.items():
+                for stack in sorted(Path(f"/proc/{process.pid}").glob("task/*/stack")):
+                    with contextlib.suppress(OSError):
+                        file.write(f"{name} {process.poll()}\n{stack.read_text()}\n")
+            for node in self.config.node_ids:
+                for mount in self.cluster.participants(node):
+                    for stack in sorted(Path(f"/proc/{mount.pid}").glob("task/*/stack")):
+                        with contextlib.suppress(OSError):
+                            file.write(f"node {node} {mount.pid} {stack}\n{stack.read_text()}\n")
 
 
 class Work:
@@ -145,7 +163,7 @@ class Work:
     def check(self, node: int) -> None:
         """Through this node's mount: nothing acknowledged is lost, no increment was made by two at once."""
         self.writers.read_for(0.1)
-        for process in self.writers._processes.values():
+        for process in self.writers.processes.values():
             if process.poll() is None:
                 process.kill()
         end = time.monotonic() + PATIENCE
@@ -155,7 +173,7 @@ class Work:
         self.writers.read_for(0.1)
         directory = self._mounted.mount(node) / self.name
         assert self.writers.acknowledged.total
-        self.writers.acknowledged.check_counters(directory, in_flight=len(self.writers._processes))
+        self.writers.acknowledged.check_counters(directory, in_flight=len(self.writers.processes))
         try:
             self.writers.acknowledged.check_log(directory / "log")
         except Failed as error:

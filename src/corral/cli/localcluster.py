@@ -6,10 +6,12 @@ crashes. Waiting always has a bound and says what it waited for.
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Final, final
 
 from corral.base.errors import ClusterError
@@ -200,6 +202,19 @@ class LocalCluster:
             if mount is not None:
                 processes.kill([mount])
             self._sweep(node)
+
+    def keep_logs(self, directory: Path) -> None:
+        """Every log as it is now, with what each mount waits for, which it tells its log on SIGUSR1."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for node in self.config.node_ids:
+            mount = processes.read_pid_file(self.files(node).mount_pid)
+            if mount is not None:
+                processes.send(mount, signal.SIGUSR1)
+        time.sleep(0.5)
+        for node in self.config.node_ids:
+            for log in (self.files(node).log, self.files(node).mount_log):
+                if log.exists():
+                    shutil.copy(log, directory / f"node{node}-{log.name}")
 
     def status(self) -> dict[str, Any]:
         nodes: dict[str, Any] = {}

@@ -14,7 +14,8 @@ from typing import Final, NamedTuple, final
 FILES_MIN: Final = 1_000
 BYTES_MIN: Final = 40 << 20
 FILLER_SIZE: Final = 256 << 10
-RECORD: Final = re.compile(rb"(n\d+l) (\d+) (x*)(\n?)")
+RECORD: Final = re.compile(rb"(n\d+l) (\d+) (x*)\n")
+PART: Final = re.compile(rb"(n\d*l?)(?: \d*(?: x*)?)?(?=n|\Z)")
 
 Progress = Callable[[str], None]
 
@@ -163,20 +164,23 @@ class Acknowledged:
         """Every acknowledged record is there once, whole, and each writer's are in order. Of a record that was never
         acknowledged, because its writer's node died in the middle of it, a first part may be there."""
         seen: dict[str, int] = {}
+        parts: set[bytes] = set()
         content = path.read_bytes()
         at = 0
         while at < len(content):
-            record = RECORD.match(content, at)
-            if record is None:
+            record = RECORD.match(content, at) or PART.match(content, at)
+            if record is None or record[1] in parts:
                 raise Failed(f"the log has a damaged record: {content[at : at + 60]!r}")
             at = record.end()
+            if record.re is PART:
+                parts.add(record[1])
+                continue
             name, number = record[1].decode(), int(record[2])
             if number != seen.get(name, 0) + 1:
                 raise Failed(f"the log has record {number} of {name} after {seen.get(name, 0)}")
-            if len(record[3]) == number % 90 and record[4]:
-                seen[name] = number
-            elif number <= self.records.get(name, 0):
-                raise Failed(f"the log has only a part of an acknowledged record: {record[0][:60]!r}")
+            if len(record[3]) != number % 90:
+                raise Failed(f"the log has a damaged record: {record[0][:60]!r}")
+            seen[name] = number
         for name, number in sorted(self.records.items()):
             if seen.get(name, 0) < number:
                 raise Failed(f"{number} records of {name} were acknowledged, the log has {seen.get(name, 0)}")

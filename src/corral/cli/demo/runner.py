@@ -39,7 +39,7 @@ class Writers:
 
     def __init__(self) -> None:
         self.acknowledged = Acknowledged()
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: Final[dict[str, subprocess.Popen[bytes]]] = {}
         self._selector = selectors.DefaultSelector()
         self._tails: dict[str, bytes] = {}
 
@@ -53,7 +53,7 @@ class Writers:
         )
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
-        self._processes[name] = process
+        self.processes[name] = process
         self._tails[name] = b""
         self._selector.register(process.stdout, selectors.EVENT_READ, name)
 
@@ -79,18 +79,18 @@ class Writers:
         """Those that have not ended in that time: a process that closed its pipe still needs a moment to exit."""
         end = time.monotonic() + seconds
         while True:
-            running = sorted(name for name, process in self._processes.items() if process.poll() is None)
+            running = sorted(name for name, process in self.processes.items() if process.poll() is None)
             if not running or time.monotonic() > end:
                 return running
             time.sleep(0.05)
 
     def kill(self) -> None:
-        for process in self._processes.values():
+        for process in self.processes.values():
             if process.poll() is None:
                 process.kill()
 
     def end(self) -> None:
-        for process in self._processes.values():
+        for process in self.processes.values():
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
@@ -309,22 +309,8 @@ def run(tell: Any, keep: Path | None = None) -> tuple[list[tuple[str, str]], str
         for number in before:
             signal.signal(number, signal.SIG_IGN)  # the cleaning up itself is not to be interrupted
         if failed and keep is not None:
-            _keep_logs(demo.layout, keep)
+            LocalCluster(demo.layout, make(demo.layout, NODES), tell).keep_logs(keep)
         demo.clean_up()
         for number, handler in before.items():
             signal.signal(number, handler)
     return demo.rows, failed
-
-
-def _keep_logs(layout: Layout, keep: Path) -> None:
-    """With what each mount waits for, which it tells its log on SIGUSR1."""
-    keep.mkdir(parents=True, exist_ok=True)
-    for node in range(1, NODES + 1):
-        mount = processes.read_pid_file(layout.node(node).mount_pid)
-        if mount is not None:
-            processes.send(mount, signal.SIGUSR1)
-    time.sleep(0.5)
-    for node in range(1, NODES + 1):
-        for log in (layout.node(node).log, layout.node(node).mount_log):
-            if log.exists():
-                shutil.copy(log, keep / f"node{node}-{log.name}")
