@@ -21,6 +21,7 @@ Invariants
   LIFT-5  a group starts only when every group below it in its stack has finished its newest round
   LIFT-6  a Finish is emitted only for the newest round begun here
   LIFT-7  after a promise nothing of the view before is taken in: what a member attached to its promise stays true
+  LIFT-8  a member that departed in a round of a group is in no later round of that group
 
 The model is CMAN 2004 (`cman-kernel/src/sm_*.c`); deviations: the coordinator counts instead of two-phase barriers (its
 own failure makes a new view, which starts over), and the lift runs per stack above FENCE.
@@ -322,7 +323,10 @@ class LiftEngine:
         self._departs: dict[tuple[MemberId, str], bool] = {}  # -> clean; group "" means gone from all
         self._local_waiting: dict[str, set[MemberId]] = {}
         self._done_round: dict[str, int] = {}
-        # The coordinator's part.
+        # The coordinator's part. `_plan` is its own table, ahead of `groups`: with every change it has ordered, also
+        # those whose Begin has not come back to it yet. `groups` is what was announced, the same on every member.
+        self._plan: dict[str, Group] = {}
+        self._sequence = 0  # of the newest Begin
         self._running: dict[str, _Running] = {}
         self._finished: dict[str, int] = {}  # group -> id of the round that finished in this view
         self._members_since: set[NodeIncarnation] = set()  # of the newest active view and those accepted since
@@ -412,6 +416,7 @@ class LiftEngine:
         view = event.view
         self.view = view
         self.active = False
+        self._plan.clear()
         self._running.clear()
         self._finished.clear()
         self._unreachable.clear()
@@ -502,12 +507,12 @@ class LiftEngine:
         nodes = set(view.nodes)
         absent = tuple(node for node in self._configured if node not in nodes)
         self._running[FENCE_GROUP] = _Running(round, set(view.nodes))
-        self._table_sequence = 0 if self._table_view != view.id else self._table_sequence
+        self._sequence = 0
         self._broadcast(Begin(view.id, 0, round, None, clean=clean, startup=event.first, absent=absent))
 
     def _change(self, group: Group) -> None:
-        """Puts a changed group into the table; its round follows by `_advance`."""
-        self.groups[group.name] = group
+        """Puts a changed group into the plan; its round follows by `_advance`."""
+        self._plan[group.name] = group
         self._running.pop(group.name, None)
         self._finished.pop(group.name, None)
 
@@ -516,33 +521,25 @@ class LiftEngine:
         assert self.view is not None
         if not self.coordinating or not self.active:
             return
-        for name in sorted(self.groups, key=lambda n: (self.groups[n].level, n)):
-            group = self.groups[name]
+        for name in sorted(self._plan, key=lambda n: (self._plan[n].level, n)):
+            group = self._plan[name]
             if name in self._running or name in self._finished:
                 continue
-            if any(below.name not in self._finished for below in self._stack_below(group)):
+            if any(below.name not in self._finished for below in _stack_below(self._plan, group)):
                 continue
-            for above in self._stack_above(group):
+            for above in _stack_above(self._plan, group):
                 self._running.pop(above.name, None)
                 self._finished.pop(above.name, None)
             self._begin(group)
 
-    def _stack_below(self, group: Group) -> list[Group]:
-        return [g for g in self.groups.values() if g.stack == group.stack and g.stack and g.level < group.level]
-
-    def _stack_above(self, group: Group) -> list[Group]:
-        above = [g for g in self.groups.values() if g.stack == group.stack and g.stack and g.level > group.level]
-        return sorted(above, key=lambda g: (-g.level, g.name))
-
     def _begin(self, group: Group) -> None:
         assert self.view is not None
         assert self.active, "LIFT-4"
-        assert all(below.name in self._finished for below in self._stack_below(group)), "LIFT-5"
+        assert all(below.name in self._finished for below in _stack_below(self._plan, group)), "LIFT-5"
         round = group.round(self._next_round())
-        self._table_sequence += 1
-        self._table_view = self.view.id
+        self._sequence += 1
         self._running[group.name] = _Running(round, set(self.view.nodes))
-        self._broadcast(Begin(self.view.id, self._table_sequence, round, group))
+        self._broadcast(Begin(self.view.id, self._sequence, round, group))
 
     def _count(self, peer: MemberId, message: Done) -> None:
         run = self._running.get(message.group)
@@ -553,19 +550,21 @@ class LiftEngine:
             return
         del self._running[message.group]
         self._finished[message.group] = message.round
-        if message.group in self.groups:
-            self.groups[message.group] = self.groups[message.group].finished(run.round)
+        if message.group in self._plan:
+            self._plan[message.group] = self._plan[message.group].finished(run.round)
+            if not self._plan[message.group].members:
+                del self._plan[message.group]
         self._broadcast(Finish(self._view_id(), message.round, message.group))
 
     def _join(self, peer: MemberId, message: Join) -> None:
         if not self.active:
             return  # asked again when the view is active
-        group = self.groups.get(message.group)
+        group = self._plan.get(message.group)
         if group is None:
-            if len(self.groups) >= GROUPS_MAX:
+            if len(self._plan) >= GROUPS_MAX:
                 self._refuse(peer, message, f"the cluster has its {GROUPS_MAX} service groups; leave one first")
                 return
-            self._last_number = free_number(self.groups, self._last_number)
+            self._last_number = free_number(self._plan, self._last_number)
             group = Group(message.group, message.level, self._last_number, message.slots, (), (), ())
         if group.entry(message.member) is not None:
             return
@@ -587,14 +586,11 @@ class LiftEngine:
     def _depart(self, peer: MemberId, message: Depart) -> None:
         if not self.active:
             return
-        names = [message.group] if message.group else sorted(self.groups)
-        found = False
-        for name in names:
-            group = self.groups.get(name)
-            if group is not None and group.entry(message.member) is not None:
-                self._change(group.without(frozenset((message.member,)), clean=message.clean))
-                found = True
-        if not found:
+        leaving = [group for group in _groups_of(self._plan, message.member) if message.group in ("", group.name)]
+        for group in leaving:
+            self._change(group.without(frozenset((message.member,)), clean=message.clean))
+        # Told again while the round that takes it out waits for its turn: its Begin is the answer.
+        if not leaving and not _groups_of(self.groups, message.member):
             self._ready.then_send.append(
                 (peer, Refuse(self._view_id(), message.group, message.member, "it is not a member"))
             )
@@ -602,7 +598,7 @@ class LiftEngine:
         self._advance()
 
     def _reach(self, now: Instant, message: Unreachable) -> None:
-        group = self.groups.get(message.group)
+        group = self._plan.get(message.group)
         if not self.active or group is None:
             return
         if group.entry(message.member) is None or group.entry(message.peer) is None:
@@ -745,7 +741,7 @@ class LiftEngine:
         kept = _keep_identities(identities, self._members_since | {entry.node for entry in announced})
         self._save(replace(self._state, round=max(self._state.round, round.id), identities=kept))
         self._settle(group, before)
-        stops = tuple(above.name for above in self._stack_above(group))
+        stops = tuple(above.name for above in _stack_above(self.groups, group))
         for name in stops:
             self._local_waiting.pop(name, None)
         local = tuple(e.member for e in group.members if self._is_local(e.member))
@@ -763,7 +759,7 @@ class LiftEngine:
                 del self._departs[member, name]
                 self._ready.emit.append(Left(member, name))
         for member, name in sorted(self._departs):
-            if name == "" and all(g.entry(member) is None for g in self.groups.values()):
+            if name == "" and not _groups_of(self.groups, member):
                 del self._departs[member, name]
 
     def _is_local(self, member: MemberId) -> bool:
@@ -823,6 +819,19 @@ class LiftEngine:
     def _advance_if_coordinating(self) -> None:
         if self.coordinating:
             self._advance()
+
+
+def _groups_of(table: dict[str, Group], member: MemberId) -> list[Group]:
+    return [table[name] for name in sorted(table) if table[name].entry(member) is not None]
+
+
+def _stack_below(table: dict[str, Group], group: Group) -> list[Group]:
+    return [g for g in table.values() if g.stack == group.stack and g.stack and g.level < group.level]
+
+
+def _stack_above(table: dict[str, Group], group: Group) -> list[Group]:
+    above = [g for g in table.values() if g.stack == group.stack and g.stack and g.level > group.level]
+    return sorted(above, key=lambda g: (-g.level, g.name))
 
 
 def _is_plausible(attachment: Attachment) -> bool:

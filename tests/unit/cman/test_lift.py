@@ -42,6 +42,7 @@ class Cluster:
         self.story: list[str] = []
         self.accepted: list[View] = []  # the newest active view and quorate ones since, as the agreement keeps them
         self.held: set[str] = set()
+        self.late: set[tuple[int, int]] = set()  # channels that deliver only by hand
         self.rounds: dict[tuple[int, str], object] = {}
         self.waiting: list[tuple[int, LocalDone]] = []
 
@@ -114,12 +115,16 @@ class Cluster:
         self.settle()
 
     def settle(self) -> None:
-        while any(self.queues.values()):
-            for (source, target), queue in sorted(self.queues.items()):
-                messages, queue[:] = queue[:], []
-                if target in self.lifts:
-                    for message in messages:
-                        self.step(target, Received(self.lifts[source].me.corrald(), message))
+        while any(queue for channel, queue in self.queues.items() if channel not in self.late):
+            for source, target in sorted(self.queues.keys() - self.late):
+                self.deliver(source, target)
+
+    def deliver(self, source: int, target: int, number: int | None = None) -> None:
+        """Everything or the first `number` messages on that channel."""
+        queue = self.queues[source, target]
+        messages, queue[:number] = queue[:number], []
+        for message in messages if target in self.lifts else ():
+            self.step(target, Received(self.lifts[source].me.corrald(), message))
 
     def join(self, node: int, group: str, level: int, serial: int = 1, slots: int = 8) -> MemberId:
         me = self.lifts[node].me
@@ -382,3 +387,39 @@ def test_a_join_while_a_round_finishes_is_counted_from_that_round() -> None:
     group = cluster.lifts[1].groups["dlm:home"]
     assert group == cluster.lifts[2].groups["dlm:home"]
     assert len(group.baseline) == 3
+
+
+def test_a_departed_member_stays_out_though_the_coordinator_hears_its_own_rounds_late() -> None:
+    cluster = active(1, 2, 3)
+    one, two, three = [cluster.join(node, "dlm:home", 1) for node in (1, 2, 3)]
+    cluster.late.add((1, 1))  # a Begin leaves for others as soon as for the coordinator itself
+    cluster.step(2, LocalReach(two, "dlm:home", three, down=True))
+    cluster.settle()  # a round with all three
+    cluster.step(3, LocalGone(three))
+    cluster.settle()  # a round without the third
+    cluster.deliver(1, 1, 1)
+    cluster.step(2, LocalReach(two, "dlm:home", three, down=True))
+    cluster.settle()
+    cluster.late.clear()
+    cluster.settle()
+    assert {node: cluster.lifts[node].rounds["dlm:home"].member_ids for node in (1, 2, 3)} == {
+        1: (one, two),
+        2: (one, two),
+        3: (one, two),
+    }
+    assert cluster.lifts[1].waiting_for() == {}
+
+
+def test_a_departure_told_twice_is_answered_by_its_round() -> None:
+    cluster = active(1, 2)
+    cluster.join(2, "dlm:home", 1)
+    member = cluster.join(2, "gfs:home", 2)
+    cluster.held.add("dlm:home")
+    cluster.join(1, "dlm:home", 1)  # a round below that takes its time
+    cluster.told()
+    cluster.step(2, LocalLeave(member, "gfs:home"))
+    cluster.settle()
+    cluster.join(2, "dlm:other", 1)  # tells everything again
+    assert not [line for line in cluster.told() if "left" in line]
+    cluster.release("dlm:home")
+    assert "2 left gfs:home" in cluster.told()
