@@ -48,10 +48,10 @@ def main(context: click.Context, socket: str) -> None:
 
 
 def _register() -> None:
-    from corral.cli import cman, fence, gfs, local
+    from corral.cli import cman, dlm, fence, gfs, local
     from corral.cli.demo.command import demo
 
-    for command in (demo, local.up, local.down, local.node, local.status, cman.cman, fence.fence, gfs.gfs):
+    for command in (demo, local.up, local.down, local.node, local.status, cman.cman, fence.fence, dlm.dlm, gfs.gfs):
         main.add_command(command)
 
 

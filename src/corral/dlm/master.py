@@ -91,7 +91,7 @@ class Mastering:
                 self.answer(copy, copy.answer)
             return
         error = check_convert(copy.granted, message.mode, message.flags)
-        if copy.status != GRANTED:
+        if not error and copy.status != GRANTED:
             error = EBUSY
         if error:
             self._refuse(peer, message.lock, message.operation, error, copy.granted)

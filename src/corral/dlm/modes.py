@@ -121,14 +121,15 @@ def check_request(name: bytes, mode: int, flags: int) -> int:
 
 
 def check_convert(granted: int, mode: int, flags: int) -> int:
-    """Is this a legal conversion from `granted`? 0 or -EINVAL. That the lock is idle is the caller's to check."""
-    if not NL <= mode <= EX or granted == IV:
+    """Is this a legal conversion from `granted`? 0 or -EINVAL. That the lock is idle is the caller's to check, after
+    this: what is illegal is so of a busy lock as well."""
+    if not NL <= mode <= EX:
         return EINVAL
     if flags & ~FLAGS_ALL or flags & (CANCEL | EXPEDITE | FORCEUNLOCK):
         return EINVAL
     if flags & CONVDEADLK and flags & NOQUEUE:
         return EINVAL
-    if flags & QUECVT and not QUECVT_LEGAL[granted][mode]:
+    if flags & QUECVT and (granted == IV or not QUECVT_LEGAL[granted][mode]):
         return EINVAL
     return 0
 

@@ -4,23 +4,39 @@ The runs were recorded through libdlm, so what happens between a program and the
 in `_Caller`, and not in the engine:
 - a lock has a value block in the kernel only after a request or conversion with VALBLK; before that VALBLK at unlock is
   without effect;
-- a conversion without VALBLK hands the kernel a block of zeros, an unlock without it a block that nobody has set;
+- a conversion without VALBLK hands the kernel a block of zeros, an unlock without it a block that nobody has set; the
+  kernel copies what it is handed before it checks the call, so a refused call changes the block as well;
 - an unlock takes the value flags of the lock's last request as its own besides (the kernel ORs them);
+- a plain unlock ends a lock that still waits, where the kernel masters the resource itself;
 - the program's block changes with a grant unless the grant writes the resource's value.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple, final
 
-from corral.api.dlm import ECANCEL, EUNLOCK, IV, IVVALBLK, MODE_NAMES, NL, VALBLK, Completion, Request
+from corral.api.dlm import (
+    ECANCEL,
+    EUNLOCK,
+    FORCEUNLOCK,
+    IV,
+    IVVALBLK,
+    MODE_NAMES,
+    NL,
+    VALBLK,
+    Completion,
+    Request,
+)
 from corral.dlm.engine import LockspaceEngine
 from corral.dlm.events import Blocked, Done, Submit
-from corral.dlm.modes import EAGAIN, EDEADLK, EINVAL, ETIMEDOUT, VALUE_TRANSFER, WRITE
+from corral.dlm.modes import EAGAIN, EDEADLK, EINVAL, ETIMEDOUT, UNLOCK_FLAGS, VALUE_TRANSFER, WRITE
+from corral.dlm.resource import Lock
 from corral.dlm.solo import solo
 
 UNDEFINED: Final = "<undefined>"
 CLIENT: Final = 1
 
+_KINDS: Final = ("lock", "convert", "unlock", "cancel")
 _MODES: Final = {name: mode for mode, name in enumerate(MODE_NAMES)}
 # Statuses that come with the completion; any other is the result of the call.
 _STATUS: Final[dict[int, int | str]] = {
@@ -33,6 +49,10 @@ _STATUS: Final[dict[int, int | str]] = {
 }
 
 
+class Malformed(ValueError):
+    """A recording that is not in the format; the message says where."""
+
+
 class Mismatch(NamedTuple):
     seed: int
     step: int
@@ -41,24 +61,35 @@ class Mismatch(NamedTuple):
     got: Any
 
     def __str__(self) -> str:
-        return f"run {self.seed} step {self.step} {self.operation}: expected {self.expected}, got {self.got}"
+        operation, expected, got = (json.dumps(part) for part in self[2:])
+        return f"run {self.seed} step {self.step} {operation}: expected {expected}, got {got}"
 
 
 @final
 class _Caller:
-    """One lock as the recording program and libdlm hold it."""
+    """One lock as the recording program, libdlm and the kernel's device hold it."""
 
     def __init__(self, flags: int) -> None:
         self.flags = flags  # of the last request or conversion the kernel accepted
-        self.has_block = bool(flags & VALBLK)
-        self.text = ""
-        self.mode = IV
+        self.block: str | None = "" if flags & VALBLK else None  # the kernel's copy of the program's block
+        self.text = ""  # the program's block
+        self.mode = IV  # as of the last completion
+
+    def hand_over(self, flags: int, value: str | None, otherwise: str) -> None:
+        """A call with the program's block, or with `otherwise` in its place when it has no VALBLK."""
+        if value is not None:
+            self.text = value
+        if self.block is not None:
+            self.block = self.text if flags & VALBLK else otherwise
 
     def completed(self, completion: Completion) -> str:
         """The text in the program's block after this completion."""
         if completion.status == 0:
-            if self.has_block and VALUE_TRANSFER[self.mode + 1][completion.mode] != WRITE:
-                self.text = _text(completion.value) if self.flags & VALBLK else ""
+            if self.flags & VALBLK:
+                self.block = _text(completion.value)
+            if self.block is not None and VALUE_TRANSFER[self.mode + 1][completion.mode] != WRITE:
+                self.text = self.block
+        if completion.mode != IV:
             self.mode = completion.mode
         return self.text
 
@@ -71,50 +102,84 @@ class _Run:
 
     def step(self, number: int, operation: Sequence[Any]) -> list[Any]:
         """One call and what followed, in the form of the recording."""
-        request = self._request(operation)
-        if request is None:
-            return [EINVAL]
-        handle = operation[1] + 1
-        self.engine.step(0, Submit(CLIENT, ((handle, number, request),)))
-        result = 0
-        events: list[Any] = []
-        for event in self.engine.ready().emit:
-            if isinstance(event, Blocked):
-                events.append([event.handle - 1, "bast"])
-            elif isinstance(event, Done) and event.cookie == number and event.completion.status not in _STATUS:
-                result = event.completion.status
-            elif isinstance(event, Done) and not (event.cookie == number and operation[0] == "cancel"):
-                completion = event.completion
-                text = self.callers[event.handle - 1].completed(completion)
-                events.append([event.handle - 1, "ast", _STATUS[completion.status], completion.flags, text])
-        if result and operation[0] == "lock":
-            del self.callers[operation[1]]
-        return [result, *events]
-
-    def _request(self, operation: Sequence[Any]) -> Request | None:
-        """None: libdlm refuses the call, because that lock never came to be."""
-        kind, number = operation[0], operation[1]
+        kind, name = operation[0], operation[1]
+        handle = name + 1
+        if kind not in _KINDS:
+            raise ValueError(f"{kind!r} is no operation")
         if kind == "lock":
             _, _, resource, mode, flags = operation
-            self.callers[number] = _Caller(flags)
-            return Request("lock", b"resource %d" % resource, _MODES[mode], flags)
-        caller = self.callers.get(number)
-        if caller is None:
+            self.callers[name] = _Caller(flags)
+            request = Request("lock", b"resource %d" % resource, _MODES[mode], flags)
+        elif name not in self.callers:
+            return [EINVAL]  # by libdlm, because that lock never came to be
+        elif kind == "convert":
+            request = self._convert(operation)
+        elif kind == "unlock":
+            request = self._unlock(operation)
+        else:
+            request = Request("cancel")
+        self.engine.step(0, Submit(CLIENT, ((handle, number, request),)))
+        done = self.engine.ready().emit
+        result = self._result(number, done)
+        if kind == "convert" and result == 0:
+            self.callers[name].flags = operation[3]
+        events = [event for event in (self._event(number, operation, event) for event in done) if event is not None]
+        if result and kind == "lock":
+            del self.callers[name]
+        return [result, *events]
+
+    def _result(self, number: int, done: Sequence[object]) -> int:
+        """What the call returns: statuses of its own that no completion brings."""
+        for event in done:
+            if isinstance(event, Done) and event.cookie == number and event.completion.status not in _STATUS:
+                return event.completion.status
+        return 0
+
+    def _event(self, number: int, operation: Sequence[Any], event: object) -> list[Any] | None:
+        if isinstance(event, Blocked):
+            return [event.handle - 1, "bast"]
+        if not isinstance(event, Done) or event.completion.status not in _STATUS:
             return None
-        if kind == "cancel":
-            return Request("cancel")
-        if kind == "convert":
-            _, _, mode, flags, value = operation
-            caller.text = caller.text if value is None else value
-            caller.has_block = caller.has_block or bool(flags & VALBLK)
-            caller.flags = flags
-            return Request("convert", mode=_MODES[mode], flags=flags, value=_block(value or ""))
-        _, _, flags, value = operation
-        caller.text = caller.text if value is None else value
-        flags |= caller.flags & (VALBLK | IVVALBLK)
-        if not caller.has_block:
-            flags &= ~VALBLK
-        return Request("unlock", mode=NL, flags=flags, value=_block(UNDEFINED if value is None else value))
+        own = event.cookie == number
+        if own and operation[0] == "cancel":
+            return None  # that the cancel is under way; the cancelled operation has its own
+        completion = event.completion
+        if not own and operation[0] == "unlock" and event.handle == operation[1] + 1:
+            return None  # the operation that the unlock overtook: the kernel does not speak of it any more
+        text = self.callers[event.handle - 1].completed(completion)
+        return [event.handle - 1, "ast", _STATUS[completion.status], completion.flags, text]
+
+    def _convert(self, operation: Sequence[Any]) -> Request:
+        _, name, mode, flags, value = operation
+        caller = self.callers[name]
+        if caller.block is None and flags & VALBLK:
+            caller.block = ""
+        caller.hand_over(flags, value, "")
+        self._share(name, caller)
+        return Request("convert", mode=_MODES[mode], flags=flags, value=_block(caller.block or ""))
+
+    def _unlock(self, operation: Sequence[Any]) -> Request:
+        _, name, flags, value = operation
+        caller = self.callers[name]
+        caller.hand_over(flags, value, UNDEFINED)
+        self._share(name, caller)
+        if not flags & ~UNLOCK_FLAGS:
+            flags |= caller.flags & (VALBLK | IVVALBLK)
+            if caller.block is None:
+                flags &= ~VALBLK
+            lock = self._lock(name)
+            if lock is not None and lock.pending:
+                flags |= FORCEUNLOCK
+        return Request("unlock", mode=NL, flags=flags, value=_block(caller.block or ""))
+
+    def _share(self, name: int, caller: _Caller) -> None:
+        """An operation that waits will write what is in the block then."""
+        lock = self._lock(name)
+        if lock is not None and lock.pending and lock.flags & VALBLK and caller.block is not None:
+            lock.value = _block(caller.block).ljust(self.engine.value_size, b"\0")
+
+    def _lock(self, name: int) -> Lock | None:
+        return self.engine.space.find(CLIENT << 32 | (name + 1))
 
 
 def _block(text: str) -> bytes:
@@ -142,9 +207,31 @@ def _key(event: Sequence[Any]) -> str:
 
 
 def replay(run: dict[str, Any], engine: LockspaceEngine | None = None) -> Iterator[Mismatch]:
-    """One run of a recording, against a fresh lockspace. Goes on after a mismatch; the first one is the telling one."""
+    """One run of a recording, against a fresh lockspace. Goes on after a mismatch; the first one is the telling one.
+
+    Raises Malformed.
+    """
+    try:
+        seed, steps = run["seed"], run["steps"]
+    except (KeyError, TypeError):
+        raise Malformed("a run is an object with seed and steps") from None
     player = _Run(engine or solo(0, "replay"))
-    for number, (operation, expected) in enumerate(run["steps"]):
-        got = player.step(number, operation)
-        if not _equal(expected, got):
-            yield Mismatch(run["seed"], number, operation, expected, got)
+    for number, step in enumerate(steps):
+        try:
+            operation, expected = step
+            got = player.step(number, operation)
+            same = _equal(expected, got)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise Malformed(f"run {seed} step {number}: {type(error).__name__} {error}") from None
+        if not same:
+            yield Mismatch(seed, number, operation, expected, got)
+
+
+def runs(text: str) -> Iterator[dict[str, Any]]:
+    """The runs of a recording, one a line. Raises Malformed."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise Malformed(f"line {number} is not JSON: {error}") from None

@@ -189,7 +189,7 @@ class Requests(Operations):
             elif op == "unlock" and not asked.flags & CANCEL:
                 error = self._unlock(now, lock, cookie, asked)
             elif op in ("cancel", "unlock"):
-                error = self._cancel(now, lock, cookie)
+                error = self._cancel(now, lock, cookie, asked.flags)
             else:
                 error = EINVAL
         if error:
@@ -216,12 +216,12 @@ class Requests(Operations):
         return 0
 
     def _convert(self, now: Instant, lock: Lock, cookie: int, asked: Asked) -> int:
-        if lock.pending:
-            return EBUSY
         if check_convert(lock.granted, asked.mode, asked.flags) or (
             asked.value is not None and len(asked.value) > self.value_size
         ):
             return EINVAL
+        if lock.pending:
+            return EBUSY
         self._load(lock, asked)
         lock.operation += 1
         self._begin(now, lock, CONVERT, cookie, asked.timeout_ns)
@@ -240,7 +240,9 @@ class Requests(Operations):
         self._end(now, lock, asked.flags, value, cookie)
         return 0
 
-    def _cancel(self, now: Instant, lock: Lock, cookie: int) -> int:
+    def _cancel(self, now: Instant, lock: Lock, cookie: int, flags: int) -> int:
+        if check_unlock(flags | CANCEL):
+            return EINVAL
         if lock.pending == UNLOCK or lock.overlap in (CANCELLED, FORCED):
             return EINVAL
         if not lock.pending and lock.flags & CANCEL:
