@@ -639,7 +639,9 @@ class LiftEngine:
         self._arm()
 
     def _unreached(self, group: str, member: MemberId) -> int:
-        return sum(1 for name, one, _ in self._unreachable if name == group and one == member)
+        """How many it cannot talk to. One side's word is enough: the other may have had nothing to say to it."""
+        pairs = {frozenset((one, other)) for name, one, other in self._unreachable if name == group}
+        return sum(member in pair for pair in pairs)
 
     # -- every member
 

@@ -94,7 +94,9 @@ class Limits:
 
     session_timeout_ns: a session without a connection for this long is over.
     handshake_ns: connecting, and then greeting, may each take this long.
-    stall_ns: a message unacknowledged for this long (checked every half of it) breaks the session.
+    stall_ns: a message unacknowledged for this long (checked every half of it) breaks the session. One and a half of it
+        are less than `recover`: when recovery control judges after `recover` who cannot be reached, whatever else is
+        broken has shown itself.
     queue_bytes: unacknowledged bytes beyond this break the session (user ports: Busy at `user_queue_bytes`).
     ack_delay_ns, ack_frames: a pure ACK leaves when no frame carried one for that long, or after that many frames.
     guests, guests_per_node: accepted connections that have not yet said a valid hello; one more is closed at once.
@@ -149,7 +151,7 @@ class Limits:
         return Limits(
             session_timeout_ns=detect_ns,
             handshake_ns=max(detect_ns, SECOND),  # on a saturated machine TLS takes its time
-            stall_ns=5 * detect_ns if recover_ns is None else recover_ns,
+            stall_ns=(5 * detect_ns if recover_ns is None else recover_ns) * 3 // 5,
         )
 
 

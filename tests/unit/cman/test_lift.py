@@ -1,7 +1,7 @@
 """Recovery control, stepped by hand: several lifts over FIFO queues, services that report done when told."""
 
 from corral.api.cman import FENCE_GROUP
-from corral.base.engine import Received
+from corral.base.engine import TICK, Received
 from corral.base.ids import MemberId, NodeIncarnation, ViewId
 from corral.base.time import SECOND
 from corral.base.view import Round, View
@@ -364,12 +364,27 @@ def test_of_two_that_cannot_talk_the_higher_is_evicted_once() -> None:
     cluster.told()
     assert cluster.lifts[1].deadline == RECOVER
     cluster.now = RECOVER
-    from corral.base.engine import TICK
-
     cluster.step(1, TICK)
     cluster.settle()
     assert [line for line in cluster.told() if "evict" in line] == [
         "2 evict 2.1: it and 1.1 of dlm:home could not talk for 2 s"
+    ]
+
+
+def test_of_two_that_cannot_talk_the_one_whom_others_cannot_reach_either_is_evicted() -> None:
+    # 1 waits for 2 and says nothing to 3, so only 3 has found out that those two cannot talk either.
+    cluster = active(1, 2, 3)
+    one, two, three = (cluster.join(node, "dlm:home", 1) for node in (1, 2, 3))
+    cluster.step(1, LocalReach(one, "dlm:home", two, down=True))
+    cluster.step(2, LocalReach(two, "dlm:home", one, down=True))
+    cluster.step(3, LocalReach(three, "dlm:home", one, down=True))
+    cluster.settle()
+    cluster.told()
+    cluster.now = RECOVER
+    cluster.step(1, TICK)
+    cluster.settle()
+    assert [line for line in cluster.told() if "evict" in line] == [
+        "1 evict 1.1: it and 2.1 of dlm:home could not talk for 2 s"
     ]
 
 

@@ -221,6 +221,19 @@ def test_a_peer_that_acknowledges_nothing_loses_the_session(rig: Rig) -> None:
     assert isinstance(one.changes()[-1], PeerUp)
 
 
+@pytest.mark.parametrize("wait", range(0, 2 * DETECT, DETECT // 5))
+def test_a_silent_peer_loses_the_session_within_recover(rig: Rig, wait: int) -> None:
+    # Whoever judges after `recover` which of two cannot be reached must know by then whom else they cannot reach.
+    recover = 5 * DETECT
+    bounds = Limits.for_detect(DETECT, recover)
+    bounds.ack_delay_ns = 60 * SECOND
+    one, two = connected(rig, limits=bounds)
+    rig.run(wait)
+    send(one, two, b"x")
+    rig.run(recover * 19 // 20)
+    assert isinstance(one.changes()[1], PeerDown)
+
+
 def test_steady_traffic_is_never_taken_for_a_stall(rig: Rig) -> None:
     one, two = connected(rig, limits=limits(stall_ns=100 * MILLISECOND))
     for _ in range(100):
