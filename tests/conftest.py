@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration import netns
+
 SKIPS = Path(__file__).parent / "ci-skips.txt"
 
 
@@ -19,8 +21,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs root")
     if item.get_closest_marker("fuse") and not os.path.exists("/dev/fuse"):
         pytest.skip("needs /dev/fuse")
-    if item.get_closest_marker("netns") and os.geteuid() != 0:
-        pytest.skip("needs root for network namespaces")
+    if item.get_closest_marker("netns") and (reason := netns.missing()):
+        pytest.skip(reason)
 
 
 @pytest.hookimpl(hookwrapper=True)

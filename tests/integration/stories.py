@@ -15,9 +15,11 @@ from corral.cli.demo.checks import Failed
 from corral.cli.demo.runner import Writers
 from corral.cli.layout import Layout, make
 from corral.cli.localcluster import LocalCluster, ask
+from corral.node.config import ClusterConfig, write
 
 DETECT = 0.5
 RECOVER = 5 * DETECT
+HANG_SECONDS = 10.0
 PATIENCE = 30.0  # seconds; a story that is well takes a fraction of it, also on a busy machine
 
 
@@ -34,10 +36,18 @@ def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) ->
 class Mounted:
     """Three nodes, each with the filesystem mounted."""
 
-    def __init__(self, root: Path, *, size: int = 256 << 20) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        size: int = 256 << 20,
+        change: Callable[[ClusterConfig], ClusterConfig] = lambda config: config,
+        enter: processes.Enter = processes.here,
+    ) -> None:
         self.layout = Layout(root)
-        self.config = make(self.layout, 3, detect=DETECT)
-        self.cluster = LocalCluster(self.layout, self.config, lambda _: None)
+        self.config = change(make(self.layout, 3, detect=DETECT))
+        write(self.config, self.layout.config)
+        self.cluster = LocalCluster(self.layout, self.config, lambda _: None, enter=enter)
         self.size = size
         self._stories = 0
 
@@ -60,6 +70,10 @@ class Mounted:
             return status if status["members"] == members and status["active"] else None
 
         return dict(until(there, f"node {node} to be in an active view of {members}"))
+
+    def wait_view(self, node: int, members: list[int]) -> None:
+        """Until this node is in a view of exactly these, active or not: the others may still have to be fenced."""
+        until(lambda: self.status(node)["members"] == members, f"node {node} to be in a view of {members}")
 
     def told(self, node: int, since: int = 0) -> list[str]:
         """What a node said happened."""
@@ -106,14 +120,18 @@ class Mounted:
         try:
             yield work
         except BaseException:
-            self._keep(work)
+            self._keep(work, "failed")
+            work.writers.kill()
+            if work.writers.still_running(HANG_SECONDS):
+                self._keep(work, "hanging")
+                self.end()  # who waits for a mount ends only when that does
             raise
         finally:
             work.writers.end()
 
-    def _keep(self, work: "Work") -> None:
+    def _keep(self, work: "Work", how: str) -> None:
         """What a story that failed leaves to look at: the logs, and where in the kernel its applications are."""
-        directory = self.layout.root / f"failed-{work.name}"
+        directory = self.layout.root / f"{how}-{work.name}"
         self.cluster.keep_logs(directory)
         with (directory / "applications").open("w") as file:
             for name, process in work.writers.processes.items():

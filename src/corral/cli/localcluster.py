@@ -44,11 +44,19 @@ async def ask(socket: str, what: str, **arguments: Any) -> Any:
 
 @final
 class LocalCluster:
-    def __init__(self, layout: Layout, config: ClusterConfig, progress: Progress) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        config: ClusterConfig,
+        progress: Progress,
+        *,
+        enter: processes.Enter = processes.here,
+    ) -> None:
         self.layout: Final = layout
         self.config: Final = config
-        self.mounts: Final = Mounts(layout)
+        self.mounts: Final = Mounts(layout, enter)
         self._progress = progress
+        self._enter = enter
 
     # -- one node
 
@@ -70,7 +78,7 @@ class LocalCluster:
         self.mounts.clear_dead(node)
         files.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         argv = [
-            sys.executable, "-m", "corral.corrald",
+            *self._enter(node), sys.executable, "-m", "corral.corrald",
             "--config", str(self.layout.config), "--node", str(node),
             "--state", str(files.state), "--socket", str(files.socket),
         ]  # fmt: skip

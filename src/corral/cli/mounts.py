@@ -3,6 +3,7 @@
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, final
 
@@ -17,8 +18,9 @@ MOUNT_SECONDS: Final = 20.0
 
 @final
 class Mounts:
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, enter: processes.Enter = processes.here) -> None:
         self._layout = layout
+        self._enter = enter
 
     def is_mounted(self, node: NodeId) -> bool:
         return mounted_at(str(self._layout.node(node).mount)) is not None
@@ -30,7 +32,10 @@ class Mounts:
             return
         self.clear_dead(node)
         files.mount.mkdir(exist_ok=True)
-        start_mount(str(files.socket), self._layout.disk, files.mount, log=files.mount_log, pid_file=files.mount_pid)
+        start_mount(
+            str(files.socket), self._layout.disk, files.mount,
+            log=files.mount_log, pid_file=files.mount_pid, enter=self._enter(node),
+        )  # fmt: skip
 
     def unmount(self, node: NodeId) -> None:
         """Cleanly if its process answers, by force otherwise."""
@@ -47,10 +52,12 @@ class Mounts:
             abort_connection(mounted)
 
 
-def start_mount(socket: str, device: Path, mountpoint: Path, *, log: Path, pid_file: Path) -> None:
+def start_mount(
+    socket: str, device: Path, mountpoint: Path, *, log: Path, pid_file: Path, enter: Sequence[str] = ()
+) -> None:
     """Returns when it is mounted. Raises ClusterError with the mount's own last sentence."""
     argv = [
-        sys.executable, "-m", "corral.cli.main", "--socket", socket, "gfs", "mount",
+        *enter, sys.executable, "-m", "corral.cli.main", "--socket", socket, "gfs", "mount",
         str(device), str(mountpoint), "--foreground",
     ]  # fmt: skip
     log.write_bytes(b"")

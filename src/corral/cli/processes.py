@@ -9,14 +9,24 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+from corral.base.ids import NodeId
 from corral.base.world import ProcessId
 from corral.real.process import boot_id, start_time
 
 END_SECONDS: Final = 10.0
+
+Enter = Callable[[NodeId], Sequence[str]]
+"""What the command lines of a node's processes begin with, such as `nsenter --net=FILE`. It must put the rest in its
+own place, not beside it: the process that was started is the one the pid file names."""
+
+
+def here(_node: NodeId) -> Sequence[str]:
+    """Every node runs where the caller does."""
+    return ()
 
 
 def spawn(argv: Sequence[str], *, log: Path, pid_file: Path) -> ProcessId:
