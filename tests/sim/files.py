@@ -496,8 +496,8 @@ async def prepare(sim: Simulation, world: World) -> None:
     disk.close()
 
 
-RECORD = re.compile(rb"(n[\d.]+) (\d+) x*\n")
-PART = re.compile(rb"(n[\d.]*)(?: \d*(?: x*)?)?(?=n|\Z)")
+RECORD = re.compile(rb"(n[\d.]+a?) (\d+) x*\n")
+PART = re.compile(rb"(n[\d.]*a?)(?: \d*(?: x*)?)?(?=n|\Z)")
 
 
 def check_log(content: bytes, acknowledged: dict[str, int]) -> None:

@@ -58,8 +58,8 @@ class MountCluster(FileCluster):
             async def serve() -> None:
                 kernel.attach(await member.open(kernel))
                 self.mounted += 1
-                application = Application(self, kernel, participant, number)
-                machine.start("application", application.main)
+                for application in (Application, Appender):
+                    machine.start("application", application(self, kernel, participant, number).main)
 
             world.spawn(serve(), "serve the mount")
             participant.lost.add_done_callback(lambda lost: withdrawn.done() or withdrawn.set_result(lost.result()))
@@ -77,20 +77,22 @@ class Application:
 
     calls: Syscalls
     world: World
+    suffix = ""
+    think_ns = 40 * MILLISECOND  # at most, between two pieces of work
 
     def __init__(self, cluster: MountCluster, kernel: SimKernel, participant: Participant, number: NodeId) -> None:
         self.cluster = cluster
         self.acknowledged: Acknowledged = cluster.acknowledged
         self.kernel = kernel
         self.number = number
-        self.name = f"n{number}.{participant.me.incarnation}.{participant.me.serial}"
+        self.name = f"n{number}.{participant.me.incarnation}.{participant.me.serial}{self.suffix}"
         self.record = 0
         self.kept: dict[int, OpenFile] = {}  # counters held open all the time
 
     async def main(self, world: World) -> int:
         process: Process = self.kernel.process.machine.processes[world.process.me.pid]
         self.calls, self.world = Syscalls(self.kernel, process), world
-        work = [self.count, self.count, self.append, self.private, self.look, self.list]
+        work = self.work()
         while True:
             try:
                 await world.rng.choice(work)()
@@ -100,7 +102,10 @@ class Application:
                 raise Violation(f"node {self.number}: a system call failed: {error}") from error
             if world.rng.random() < 0.05:
                 self.kernel.drop_caches()
-            await world.sleep_until(world.now() + world.rng.randrange(40 * MILLISECOND))
+            await world.sleep_until(world.now() + world.rng.randrange(self.think_ns))
+
+    def work(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+        return [self.count, self.count, self.append, self.private, self.look, self.list]
 
     def done(self) -> None:
         self.acknowledged.operations += 1
@@ -210,6 +215,27 @@ class Application:
         if not same:
             sizes = [None if each is None else len(each) for each in (found, before)]
             raise Violation(f"SIM-9 {self.name} by {how} finds {sizes[0]} bytes in {key[1]!r}, not {sizes[1]}")
+        self.done()
+
+
+class Appender(Application):
+    """A second process beside it, which does nothing but append to the shared log through one open file: there is
+    always a write on its way when something happens to a lock."""
+
+    suffix = "a"
+    think_ns = 60 * MILLISECOND
+    log: OpenFile | None = None
+
+    def work(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+        return [self.append_on]
+
+    async def append_on(self) -> None:
+        if self.log is None:
+            self.log = await self.calls.open("/log", os.O_WRONLY | os.O_APPEND)
+        self.record += 1
+        await self.calls.write(self.log, f"{self.name} {self.record} \n".encode())
+        await self.calls.fsync(self.log)
+        self.acknowledged.records[self.name] = self.record
         self.done()
 
 

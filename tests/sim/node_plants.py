@@ -92,8 +92,7 @@ def no_statfs_of_the_dead(patch: pytest.MonkeyPatch) -> None:
     """What a dead node had allocated and freed is not counted, and forgotten."""
 
     async def forget(self: Recovery, slot: int) -> None:
-        change = self.filesystem.system_inode(b"statfs_change%d" % slot)
-        await self.filesystem.hold(change, 3, 2)
+        change = await self.filesystem.hold_system(b"statfs_change%d" % slot, 3, 2)
         change.payload[:] = bytes(len(change.payload))
         self.filesystem.touch(change)
         await self.filesystem.journal.commit()

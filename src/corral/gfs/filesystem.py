@@ -90,9 +90,7 @@ class GfsFilesystem(Files):
 
     async def statfs(self) -> FilesystemUsage:
         """The master's totals and this slot's own changes; other slots' newest changes follow within their quantum."""
-        formal, number = self.system[b"statfs"]
-        master = self.inode(number, formal)
-        await self.hold(master, SH)
+        master = await self.hold_system(b"statfs", SH)
         try:
             total, free, dinodes = self.record(master, fmt.STATFS)
         finally:
@@ -104,9 +102,7 @@ class GfsFilesystem(Files):
         """Moves this slot's changes into the master, in one transaction."""
         if not self.free_change and not self.dinode_change:
             return
-        formal, number = self.system[b"statfs"]
-        master = self.inode(number, formal)
-        await self.hold(master, EX, flags)
+        master = await self.hold_system(b"statfs", EX, flags)
         try:
             total, free, dinodes = self.record(master, fmt.STATFS)
             fmt.STATFS.pack_into(master.payload, 0, total, free + self.free_change, dinodes + self.dinode_change)

@@ -94,12 +94,10 @@ def make_journal(filesystem: GfsFilesystem, ring: Ring, state: JournalState) -> 
 async def _own_files(filesystem: GfsFilesystem) -> None:
     """This slot's statfs change and inum range, held in EX as long as the mount lives."""
     slot = filesystem.slot
-    change = filesystem.system_inode(b"statfs_change%d" % slot)
-    await filesystem.hold(change, EX, NOEXP)
+    change = await filesystem.hold_system(b"statfs_change%d" % slot, EX, NOEXP)
     _, filesystem.free_change, filesystem.dinode_change = change.record(fmt.STATFS)
     filesystem.statfs_change = change
-    numbers = filesystem.system_inode(b"inum_range%d" % slot)
-    await filesystem.hold(numbers, EX, NOEXP)
+    numbers = await filesystem.hold_system(b"inum_range%d" % slot, EX, NOEXP)
     filesystem.next_formal, filesystem.end_formal = numbers.record(fmt.INUM_RANGE)
     filesystem.inum_range = numbers
     filesystem.kept = [change, numbers]

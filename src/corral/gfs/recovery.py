@@ -134,13 +134,12 @@ class Recovery:
     async def _merge_statfs(self, slot: int) -> None:
         """Into the master, and zero, in one transaction of this node's journal (trap 17)."""
         filesystem = self.filesystem
-        change = filesystem.system_inode(b"statfs_change%d" % slot)
-        master = filesystem.system_inode(b"statfs")
-        held: list[Inode] = []
+        ours, all_of_it = b"statfs_change%d" % slot, b"statfs"
+        held: dict[bytes, Inode] = {}
         try:
-            for inode in sorted((change, master), key=lambda one: one.number):
-                await filesystem.hold(inode, EX, NOEXP)
-                held.append(inode)
+            for name in sorted((ours, all_of_it), key=lambda name: filesystem.system_place(name)[1]):
+                held[name] = await filesystem.hold_system(name, EX, NOEXP)
+            change, master = held[ours], held[all_of_it]
             _, free, dinodes = change.record(fmt.STATFS)
             if free or dinodes:
                 total, all_free, all_dinodes = master.record(fmt.STATFS)
@@ -150,6 +149,6 @@ class Recovery:
                 filesystem.touch(change)
                 await filesystem.journal.commit()
         finally:
-            for inode in held:
+            for inode in held.values():
                 filesystem.drop(inode, EX)
         filesystem.locks.give_up(change.glock)

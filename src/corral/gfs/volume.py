@@ -220,12 +220,12 @@ class Volume:
                 self.locks.drop(glock, state)
                 raise
 
-    async def hold_named(self, number: int, formal: int, state: int) -> Inode:
+    async def hold_named(self, number: int, formal: int, state: int, flags: int = 0) -> Inode:
         """The file a dirent names, held and loaded. ESTALE only if the block is really another file's or none's."""
         while True:
             inode = self.inode(number, formal)
             try:
-                await self.hold(inode, state)
+                await self.hold(inode, state, flags)
             except OSError as error:
                 current = self.inodes.get(number)
                 if error.errno == ESTALE and current is not None and current is not inode and current.formal == formal:
@@ -316,12 +316,16 @@ class Volume:
             if inode.glock.cached is inode:
                 inode.glock.cached = None
 
-    def system_inode(self, name: bytes) -> Inode:
-        """A file of the master directory; nothing is read. Raises BlockDamaged when it is missing."""
+    async def hold_system(self, name: bytes, state: int, flags: int = 0) -> Inode:
+        """A file of the master directory, held and loaded. Raises BlockDamaged when it is missing."""
+        formal, number = self.system_place(name)
+        return await self.hold_named(number, formal, state, flags)
+
+    def system_place(self, name: bytes) -> tuple[int, int]:
+        """(formal, number). Raises BlockDamaged."""
         if name not in self.system:
             raise BlockDamaged(self.superblock.master, f"the master directory has no {name.decode()}")
-        formal, number = self.system[name]
-        return self.inode(number, formal)
+        return self.system[name]
 
     def record(self, inode: Inode, layout: fmt.Layout) -> tuple[Any, ...]:
         try:
@@ -414,8 +418,7 @@ class Volume:
         """At least one formal number is at hand."""
         if self.next_formal < self.end_formal:
             return
-        inum = self.inode(self.system[b"inum"][1], self.system[b"inum"][0])
-        await self.hold(inum, EX)
+        inum = await self.hold_system(b"inum", EX)
         try:
             if self.next_formal < self.end_formal:
                 return

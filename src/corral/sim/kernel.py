@@ -157,6 +157,7 @@ class SimKernel:
         self._rng = Random(process.simulation.rng.getrandbits(64))
         self._epoch = 0
         self._version = 0  # grows with every invalidation
+        self._calls = 0  # under way; each may be about to use an inode that nothing else refers to
         self._now = process.machine.clock.local
         root = Attributes(ROOT, 0o040755, 2, 0, 0, 0, 0, 0, 0, 0, 0)
         self.inodes: dict[int, KernelInode] = {ROOT: KernelInode(Entry(ROOT, 0, root))}
@@ -184,7 +185,10 @@ class SimKernel:
         """Runs to its end even if the caller is cancelled, paused or killed."""
         outer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
+        self._calls += 1
+
         def done(inner: asyncio.Task[T]) -> None:
+            self._calls -= 1
             error = inner.exception()
             if error is not None and not isinstance(error, OSError):
                 self._scheduler.fail(error)
@@ -285,12 +289,13 @@ class SimKernel:
         parent.children.pop(name, None)
 
     def drop_caches(self) -> None:
-        """Memory is short: everything clean that nobody has open is forgotten."""
+        """Memory is short: everything clean that nobody has open or is just using is forgotten."""
         for inode in list(self.inodes.values()):
             for index in [index for index, page in inode.pages.items() if not page.dirty and not page.locked]:
                 del inode.pages[index]
             inode.children.clear()
-            if inode.ino != ROOT and not inode.handles and not inode.pages and self._filesystem is not None:
+            unused = not self._calls and not inode.handles and not inode.pages
+            if unused and inode.ino != ROOT and self._filesystem is not None:
                 del self.inodes[inode.ino]
                 if self.process.alive and not self.withdrawn:
                     self.process.loop.deliver(self._scheduler.now, self._filesystem.forget, inode.ino, inode.lookups)
