@@ -21,6 +21,7 @@ from corral.base.errors import (
 if TYPE_CHECKING:
     from corral import sync
     from corral.doors import connect, local
+    from corral.files import open_filesystem
     from corral.node.node import Node
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "WouldBlock",
     "connect",
     "local",
+    "open_filesystem",
     "sync",
 ]
 
@@ -57,6 +59,8 @@ def __getattr__(name: str) -> Any:
 
     if name in ("connect", "local"):
         value = getattr(importlib.import_module("corral.doors"), name)
+    elif name == "open_filesystem":
+        value = importlib.import_module("corral.files").open_filesystem
     elif name == "sync":
         value = importlib.import_module("corral.sync")
     elif name == "Node":

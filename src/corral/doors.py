@@ -123,7 +123,12 @@ class Connecting:
 def connect(path: str | os.PathLike[str] | None = None) -> Connecting:
     """To the corrald whose Unix socket is at `path`, by default $CORRAL_SOCKET, else /run/corral/corrald.sock.
     Raises ClusterError when none answers there."""
-    return Connecting(os.fspath(path) if path is not None else os.environ.get(SOCKET_VARIABLE, DEFAULT_SOCKET))
+    return Connecting(socket_path(path))
+
+
+def socket_path(path: str | os.PathLike[str] | None) -> str:
+    """Where corrald listens if nobody says otherwise."""
+    return os.fspath(path) if path is not None else os.environ.get(SOCKET_VARIABLE, DEFAULT_SOCKET)
 
 
 @final
