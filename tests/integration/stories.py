@@ -11,8 +11,8 @@ from typing import Any
 from corral.base.errors import ClusterError
 from corral.cli import processes
 from corral.cli.demo import worker
+from corral.cli.demo.applications import Writers
 from corral.cli.demo.checks import Failed
-from corral.cli.demo.runner import Writers
 from corral.cli.layout import Layout, make
 from corral.cli.localcluster import LocalCluster, ask
 from corral.node.config import ClusterConfig, write
@@ -156,9 +156,9 @@ class Work:
         (directory / "log").write_bytes(b"")
         self.writers = Writers()
         for node in mounted.config.node_ids:
-            where = str(mounted.mount(node) / name)
-            self.writers.start(f"n{node}c", "counters", where, f"n{node}c", str(seconds))
-            self.writers.start(f"n{node}l", "append", where, f"n{node}l", str(seconds))
+            reach = ["mounted", str(mounted.mount(node))]
+            self.writers.start(f"n{node}c", reach, "counters", name, f"n{node}c", str(seconds))
+            self.writers.start(f"n{node}l", reach, "append", name, f"n{node}l", str(seconds))
         self.goes_on(*mounted.config.node_ids)
 
     def goes_on(self, *nodes: int) -> None:

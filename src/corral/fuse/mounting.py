@@ -169,6 +169,17 @@ def open_and_mount(path: str, options: Options) -> int:
     return _mount_as_user(path, options)
 
 
+def why_not_here(path: str) -> str:
+    """Why nothing can be mounted on this empty directory, found by trying; "" when it can."""
+    try:
+        fd = open_and_mount(check_mountpoint(path, DEFAULTS), DEFAULTS)
+    except MountError as error:
+        return str(error)
+    os.close(fd)
+    unmount(path, lazy=True)
+    return ""
+
+
 def _mount_as_root(path: str, options: Options) -> int:
     try:
         fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
