@@ -10,7 +10,7 @@ BODY ?= mounts.shared
 SEED ?= 1
 SECONDS ?= $(if $(filter fuzz,$(MAKECMDGOALS)),60,600)
 
-.PHONY: help install check lint types floors unit test sim campaign campaign-report plants fuzz demo soak bench bench-diff system clean
+.PHONY: help install check lint types floors unit test sim campaign campaign-report plants fuzz demo interrupts soak bench bench-diff system clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -64,6 +64,11 @@ fuzz: $(STAMP)  ## hostile bytes for every decoder and engine: SECONDS=60
 
 demo: $(STAMP)  ## the main job on this machine: three nodes, one filesystem, one kill -9, everything checked
 	$(BIN)/corral demo
+
+MOMENTS ?= 25
+interrupts: $(STAMP)  ## SIGINT to the demo at MOMENTS (25) moments, with and without FUSE: nothing may be left of it
+	$(BIN)/python -m tests.integration.interrupted --moments $(MOMENTS) -- --quick --no-fuse
+	$(BIN)/python -m tests.integration.interrupted --moments $(MOMENTS) -- --quick
 
 MINUTES ?= 30
 soak: $(STAMP)  ## MINUTES (30) of a local cluster on saturated cores: nothing slow may be taken for dead

@@ -28,7 +28,7 @@ from corral.cli.localcluster import LocalCluster
 from corral.fuse.mounting import Mounted, abort_connection, mounts
 
 PR_SET_CHILD_SUBREAPER: Final = 36
-WHERE: Final = "/var/tmp"  # /tmp may be memory, which takes no O_DIRECT
+WHERE: Final = "/var/tmp"  # where TMPDIR does not say; /tmp may be memory, which takes no O_DIRECT
 END_SECONDS: Final = 30.0  # for what was killed to be gone
 GRACE_SECONDS: Final = 5.0  # for what the story ended in good order to be gone
 POLL_SECONDS: Final = 0.02
@@ -73,7 +73,7 @@ def run(options: list[str], tell: Callable[[str], None], keep: Path | None) -> O
     with signals.caught():
         if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
             raise ClusterError("this kernel has no child subreapers; use Linux 3.4 or newer")
-        directory = Path(tempfile.mkdtemp(prefix="corral-demo-", dir=WHERE))
+        directory = Path(tempfile.mkdtemp(prefix="corral-demo-", dir=os.environ.get("TMPDIR") or WHERE))
         try:
             outcome = _run_story(directory, options, signals)
             if outcome.failed and outcome.failed != INTERRUPTED and keep is not None:
@@ -94,6 +94,9 @@ def _run_story(directory: Path, options: list[str], signals: _Signals) -> Outcom
     os.close(theirs)
     try:
         said = _read_results(results, signals)
+        if signals.noted:
+            story.kill()  # before its pipe is closed: it is not to complain
+            story.wait()
     finally:
         os.close(results)
     if signals.noted:
