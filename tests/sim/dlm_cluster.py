@@ -4,16 +4,19 @@ Members exchange encoded messages, FIFO per pair with random delays, stamped and
 controller plays cman: Stop to all, Start when the dead are fenced, Finish when every member is done; it abandons rounds
 when more happens. Faults: members die and join, clients die, leases lapse and come back.
 
-Workload: *counters* convert a kept NL lock to EX, add one in the value block and convert back; *mixers* do anything
-legal in any mode. Checkers, by invariant:
+Workload: *counters* convert a kept NL lock to EX, add one in the value block and convert back, or spoil the block
+instead; *mixers* do anything legal in any mode, also locks that outlive them, adopt and purge such, and ask who holds
+what. Checkers, by invariant:
 DLM-1  what holders may believe they hold is pairwise compatible
 DLM-2  tokens of EX grants of a resource rise, over removals of the resource and losses of its master too
 DLM-3  resources' queues hold what holders hold (at the end)
 DLM-4  a valid value block never misses an acknowledged increment
+DLM-8  what outlives its client can be adopted, once, until it is purged
 DLM-7  every request completes once; after the faults every request completes, and nothing is left anywhere
 """
 
 import sys
+from collections.abc import Iterator
 from heapq import heappop, heappush
 from random import Random
 
@@ -24,11 +27,17 @@ from corral.api.dlm import (
     CR,
     EX,
     FORCEUNLOCK,
+    IVVALBLK,
     MODE_NAMES,
     NL,
     NOQUEUE,
     NOQUEUEBAST,
+    ORPHAN,
+    PERSISTENT,
     QUECVT,
+    QUERY_ALL,
+    QUERY_QUEUES,
+    QUEUE_GRANT,
     VALBLK,
     Request,
 )
@@ -78,6 +87,10 @@ class Held:
         self.pending: str | None = "lock"
         self.asked = -1
         self.cookie = 0
+        self.flags = 0  # of the last request or conversion
+        self.certain = True  # as an orphan: nothing was under way when its client died, and no purge since
+        self.whose = 0
+        self.purged = 0  # cookie of the last purge that must take it
 
 
 class Client:
@@ -90,6 +103,8 @@ class Client:
         self.handles = 0
         self.unanswered: dict[int, int] = {}  # cookie -> handle
         self.adding: int | None = None  # a counter's value on its way
+        self.token = 0  # of its last EX
+        self.asking: dict[int, tuple[str, int, int]] = {}  # cookie -> purge (and of whom, where) or query
 
 
 class Node:
@@ -101,6 +116,7 @@ class Node:
         self.early: list[tuple[MemberId, int, bytes]] = []
         self.lapsed_until = 0
         self.clients: dict[int, Client] = {}
+        self.orphans: list[Held] = []
         self.ticking = FOREVER
 
 
@@ -121,9 +137,13 @@ class Cluster:
         self.cookies = 0
         self.client_numbers = 0
         self.calm = False
+        self.purges_of_the_dead: list[tuple[int, int]] = []  # (whose orphans, on which node): they may still arrive
         self.tokens: dict[bytes, int] = {}
         self.acknowledged: dict[bytes, int] = dict.fromkeys(COUNTERS, 0)
+        self.spoiled: dict[bytes, bool] = dict.fromkeys(COUNTERS, False)
+        self.written: dict[bytes, int] = dict.fromkeys(COUNTERS, 0)  # token of the last EX whose holder began to write
         self.summary = {"completed": 0, "rounds": 0, "abandoned": 0, "increments": 0, "invalid": 0, "granted": 0}
+        self.summary |= {"adopted": 0, "purges": 0, "queries": 0, "spoiled": 0}
         self.story: list[str] = []
         self.max_delay = self.rng.choice((MILLISECOND, 5 * MILLISECOND, 30 * MILLISECOND))
 
@@ -240,16 +260,44 @@ class Cluster:
     def kill(self, node: Node) -> None:
         self.note(f"kill {node.me}")
         node.alive = False
+        node.orphans.clear()
         for client in node.clients.values():
             self.bury(client)
 
     def bury(self, client: Client) -> None:
         client.alive = False
         for held in client.locks.values():
-            held.belief = held.mode = -1
+            if held.pending == "lock" and held.flags & ORPHAN:
+                self.maybe_adopted(client.node, held.resource)
+            elif client.node.alive and held.flags & PERSISTENT and held.pending != "unlock":
+                self.leave_behind(client, held)
+            else:
+                held.belief = held.mode = -1
+        self.purges_of_the_dead += [(whose, where) for what, whose, where in client.asking.values() if what == "purge"]
+        client.asking.clear()
         client.locks.clear()
         client.unanswered.clear()
         self.forget_values()
+
+    def maybe_adopted(self, node: Node, resource: bytes) -> None:
+        """The answer will not tell, and what was adopted goes with who adopted it."""
+        for orphan in node.orphans:
+            if orphan.resource == resource:
+                orphan.certain, orphan.belief = False, -1
+
+    def leave_behind(self, client: Client, held: Held) -> None:
+        held.certain = held.pending is None
+        held.whose = client.number
+        client.node.orphans.append(held)
+        purges = self.purges_of_the_dead + [
+            (whose, where)
+            for node in self.live()
+            for other in node.clients.values()
+            for what, whose, where in other.asking.values()
+            if what == "purge"
+        ]
+        if any(where == client.node.me.node and whose in (0, client.number) for whose, where in purges):
+            held.certain, held.belief = False, -1
 
     def renew(self, node: Node) -> None:
         if not node.alive:
@@ -263,7 +311,7 @@ class Cluster:
             return
         live = self.live()
         victim = self.rng.choice(live)
-        kind = self.rng.choice(("kill", "kill", "join", "join", "client", "lapse", "session"))
+        kind = self.rng.choice(("kill", "kill", "join", "join", "client", "client", "lapse", "session"))
         if kind == "kill" and len(live) > 2:
             self.kill(victim)
             self.change()
@@ -282,7 +330,7 @@ class Cluster:
             victim.lapsed_until = self.now + 2 * LEASE
         elif kind == "session":
             self.change()
-        self.at(self.rng.choice((5, 40, 150, 400)) * MILLISECOND, self.fault)
+        self.at(self.rng.choice((5, 20, 40, 150, 400)) * MILLISECOND, self.fault)
 
     # --- clients -----------------------------------------------------------------------------------------------------
 
@@ -294,9 +342,12 @@ class Cluster:
             held.pending = request.op
             held.cookie = self.cookies
             held.asked = request.mode
+            held.flags = request.flags
         if request.op == "convert":
             held.belief = while_converting(held.mode, request.mode, request.flags)
         elif request.op == "unlock":
+            if held.pending == "lock" and held.flags & ORPHAN:
+                self.maybe_adopted(client.node, held.resource)
             held.belief = -1
             held.pending = "unlock"
             self.forget_values()
@@ -306,6 +357,23 @@ class Cluster:
         client.handles += 1
         client.locks[client.handles] = Held(resource)
         self.submit(client, client.handles, Request("lock", resource, mode, flags, timeout_ns=timeout_ns))
+
+    def purge(self, client: Client, where: Node, whose: int) -> None:
+        self.cookies += 1
+        client.unanswered[self.cookies] = 0
+        client.asking[self.cookies] = ("purge", whose, where.me.node)
+        for held in where.orphans:
+            if whose in (0, held.whose):
+                held.certain, held.belief, held.purged = False, -1, self.cookies
+        asked = Request("purge", lock=where.me.node, owner=whose)
+        self.step(client.node, Submit(client.number, [(0, self.cookies, asked)]))
+
+    def query(self, client: Client, resource: bytes) -> None:
+        self.cookies += 1
+        client.unanswered[self.cookies] = 0
+        client.asking[self.cookies] = ("query", 0, 0)
+        asked = Request("query", resource, flags=QUERY_QUEUES | QUERY_ALL)
+        self.step(client.node, Submit(client.number, [(0, self.cookies, asked)]))
 
     def act(self, client: Client) -> None:
         if not client.alive or not client.node.alive:
@@ -331,13 +399,22 @@ class Cluster:
                 self.submit(client, handle, Request("convert", mode=EX, flags=VALBLK))
         elif held.mode == EX and client.adding is not None:
             value = client.adding.to_bytes(VALUE_SIZE, "big")
-            self.submit(client, handle, Request("convert", mode=NL, flags=VALBLK, value=value))
+            spoil = self.rng.random() < 0.1
+            if not spoil:
+                self.written[held.resource] = max(self.written[held.resource], client.token)
+                self.spoiled[held.resource] = False
+            self.submit(client, handle, Request("convert", mode=NL, flags=IVVALBLK if spoil else VALBLK, value=value))
 
     def act_mixer(self, client: Client) -> None:
         rng = self.rng
+        node = client.node
+        if self.calm and node.orphans and not client.asking:
+            self.purge(client, node, 0)
+        elif not self.calm and rng.random() < (0.3 if node.orphans else 0.06):
+            self.ask_something(client)
         if len(client.locks) < 3 and not self.calm and rng.random() < 0.6:
             flags = 0
-            for flag in (NOQUEUE, NOQUEUEBAST, ALTPR, ALTCW, VALBLK):
+            for flag in (NOQUEUE, NOQUEUEBAST, ALTPR, ALTCW, VALBLK, PERSISTENT, PERSISTENT):
                 flags |= flag if rng.random() < 0.2 else 0
             timeout_ns = rng.randrange(1, 300) * MILLISECOND if rng.random() < 0.3 else 0
             self.new_lock(client, rng.choice(MIXED), rng.randrange(6), flags, timeout_ns)
@@ -359,6 +436,7 @@ class Cluster:
             return
         mode = rng.randrange(6)
         flags = VALBLK if rng.random() < 0.3 else 0
+        flags |= PERSISTENT if rng.random() < 0.3 else 0
         flags |= NOQUEUE if rng.random() < 0.2 else 0
         flags |= rng.choice((0, 0, ALTPR, ALTCW))
         if rng.random() < 0.2 and QUECVT_LEGAL[held.mode][mode]:
@@ -367,6 +445,17 @@ class Cluster:
             flags |= CONVDEADLK
         timeout_ns = rng.randrange(1, 300) * MILLISECOND if rng.random() < 0.3 else 0
         self.submit(client, handle, Request("convert", mode=mode, flags=flags, timeout_ns=timeout_ns))
+
+    def ask_something(self, client: Client) -> None:
+        rng = self.rng
+        orphans = client.node.orphans
+        if orphans and rng.random() < 0.5:
+            mode = max(0, rng.choice(orphans).mode) if rng.random() < 0.8 else rng.randrange(6)
+            self.new_lock(client, rng.choice(orphans).resource, mode, ORPHAN | rng.choice((0, PERSISTENT)))
+        elif rng.random() < 0.2:
+            self.purge(client, rng.choice(self.live()), rng.choice((0, rng.randrange(1, self.client_numbers + 1))))
+        else:
+            self.query(client, rng.choice(MIXED + COUNTERS))
 
     # --- what engines say --------------------------------------------------------------------------------------------
 
@@ -387,6 +476,9 @@ class Cluster:
         self.summary["completed"] += 1
         handle, completion = event.handle, event.completion
         require(client.unanswered.pop(event.cookie, None) == handle, "DLM-7", f"answered twice: {event}")
+        if event.cookie in client.asking:
+            self.answered(client, event)
+            return
         held = client.locks.get(handle)
         if held is None:  # asked of a lock that had ended while its end was held back
             require(completion.status == -2, "DLM-7", f"answer for no lock: {event}")
@@ -394,6 +486,10 @@ class Cluster:
         if held.pending == "unlock" and completion.status == -2:
             del client.locks[handle]  # its request had failed, which was held back
             return
+        if held.pending == "lock" and held.flags & ORPHAN and event.cookie == held.cookie:
+            held = self.adoption(client, held, event)
+            if held is None:
+                return
         if event.cookie == held.cookie:
             require(completion.status not in (-22, -2, -16), "DLM-7", f"refused: {event} {held.__dict__}")
         if completion.status == -0x10002:
@@ -412,20 +508,61 @@ class Cluster:
         if completion.status == 0:
             self.granted(client, held, event)
 
+    def answered(self, client: Client, event: Done) -> None:
+        """To a purge, or to a query."""
+        what, _, where = client.asking.pop(event.cookie)
+        if what == "purge":
+            self.summary["purges"] += 1
+            require(event.completion.status == 0, "DLM-7", f"purge failed: {event}")
+            for node in self.live():
+                if node.me.node == where:
+                    node.orphans = [held for held in node.orphans if held.purged != event.cookie]
+            return
+        self.summary["queries"] += 1
+        report = event.completion.report
+        require(event.completion.status in (0, -2), "DLM-7", f"query failed: {event}")
+        if report is not None:
+            modes = [info.granted for info in report.locks if info.state == QUEUE_GRANT]
+            for at, mode in enumerate(modes):
+                require(all(COMPATIBLE[mode][other] for other in modes[:at]), "DLM-1", f"a query tells {report}")
+
+    def adoption(self, client: Client, held: Held, event: Done) -> Held | None:
+        """None: there was nothing to adopt; else the orphan, which is this client's lock from now on."""
+        node, mode = client.node, event.completion.mode
+        status = event.completion.status
+        mine = [orphan for orphan in node.orphans if orphan.resource == held.resource]
+        if status:
+            require(status in (-2, -11), "DLM-8", f"adoption failed: {event}")
+            del client.locks[event.handle]
+            certain = [orphan for orphan in mine if orphan.certain and (status == -2 or orphan.mode == held.asked)]
+            require(not certain, "DLM-8", f"client {client.number} may not adopt {held.resource!r}: {event}")
+            return None
+        fitting = [orphan for orphan in mine if orphan.mode == mode and orphan.certain]
+        fitting += [orphan for orphan in mine if not orphan.certain]
+        require(bool(fitting), "DLM-8", f"client {client.number} adopted what nobody left: {event}")
+        self.summary["adopted"] += 1
+        orphan = fitting[0]
+        for other in fitting[1:]:
+            if not other.certain:
+                other.belief = -1  # it may have been that one
+        node.orphans.remove(orphan)
+        orphan.pending, orphan.mode, orphan.belief = None, mode, mode
+        orphan.cookie, orphan.flags, orphan.certain = held.cookie, held.flags, True
+        client.locks[event.handle] = orphan
+        return None
+
     def granted(self, client: Client, held: Held, event: Done) -> None:
         self.summary["granted"] += 1
         completion = event.completion
-        for node in self.live():
-            for other in node.clients.values():
-                for theirs in other.locks.values():
-                    if theirs is held or theirs.resource != held.resource or theirs.belief < 0:
-                        continue
-                    require(
-                        COMPATIBLE[held.mode][theirs.belief],
-                        "DLM-1",
-                        f"{held.resource!r} {MODE_NAMES[held.mode]} granted to client {client.number} while client "
-                        f"{other.number} counts on {MODE_NAMES[theirs.belief]} ({theirs.__dict__})",
-                    )
+        for whose, theirs in self.believed():
+            if theirs is held or theirs.resource != held.resource or theirs.belief < 0:
+                continue
+            require(
+                COMPATIBLE[held.mode][theirs.belief],
+                "DLM-1",
+                f"{held.resource!r} {MODE_NAMES[held.mode]} granted to client {client.number} while {whose} counts on "
+                f"{MODE_NAMES[theirs.belief]} ({theirs.__dict__})",
+            )
         if held.mode == EX:
             last = self.tokens.get(held.resource, 0)
             require(completion.token > last, "DLM-2", f"{held.resource!r} token {completion.token} after {last}")
@@ -433,19 +570,34 @@ class Cluster:
         if client.kind == "counter":
             self.counted(client, held, event)
 
+    def believed(self) -> Iterator[tuple[str, Held]]:
+        for node in self.live():
+            for client in node.clients.values():
+                for held in client.locks.values():
+                    yield f"client {client.number}", held
+            for held in node.orphans:
+                yield f"an orphan on {node.me}", held
+
     def counted(self, client: Client, held: Held, event: Done) -> None:
         completion = event.completion
         if held.mode == EX:
             value = int.from_bytes(completion.value, "big")
             if completion.value_valid:
+                require(not self.spoiled[held.resource], "DLM-4", f"{held.resource!r} is spoiled, but told to be valid")
                 known = self.acknowledged[held.resource]
                 require(value >= known, "DLM-4", f"{held.resource!r} is {value}, {known} was acknowledged")
             else:
                 self.summary["invalid"] += 1
                 self.acknowledged[held.resource] = 0
             client.adding = value + 1
+            client.token = completion.token
         elif held.mode == NL and client.adding is not None:
             adding, client.adding = client.adding, None
+            if held.flags & IVVALBLK:
+                self.summary["spoiled"] += 1
+                if self.acknowledged[held.resource]:  # else there may be no value yet, which is not told as spoiled
+                    self.spoiled[held.resource] |= client.token > self.written[held.resource]
+                return
             self.summary["increments"] += 1
             if completion.value_valid:
                 self.acknowledged[held.resource] = max(self.acknowledged[held.resource], adding)
@@ -460,6 +612,7 @@ class Cluster:
                 for held in client.locks.values()
             ):
                 self.acknowledged[name] = 0
+                self.spoiled[name] = False
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -484,6 +637,7 @@ class Cluster:
             space = engine.space
             require(space.counters.conflicts == 0, "DLM-5", "recovered locks exclude each other")
             require(space.counters.hostile == 0, "DLM-7", f"{node.me} took a member for hostile")
+            require(not node.orphans and not engine._orphans, "DLM-8", f"{node.me} has {engine._orphans}")
             left = list(space.resources)
             require(not left and not space.copies and not space.lock_count, "DLM-3", f"{node.me} still has {left}")
             require(not space.directory, "DLM-3", f"{node.me} still lists {space.directory}")

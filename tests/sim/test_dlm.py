@@ -23,7 +23,9 @@ def test_fresh_seeds():
         run(int(os.environ["CORRAL_SEED"]))
         return
     first = seed = time.time_ns() & 0xFFFFFFFF
-    total = {"granted": 0, "increments": 0, "invalid": 0, "abandoned": 0}
+    total = dict.fromkeys(
+        ("granted", "increments", "invalid", "abandoned", "adopted", "purges", "queries", "spoiled"), 0
+    )
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline or seed < first + 10:
         summary = run(seed)
@@ -129,14 +131,55 @@ def trust_unfinished_masters(patch):
     patch.setattr(recovery.Recovery, "_mastered", planted)
 
 
+def forget_adopted_locks(patch):
+    """What a master says of an adopted lock does not find it."""
+
+    def planted(self, lock_id):
+        lock = self.clients.get(lock_id >> 32, {}).get(lock_id & 0xFFFFFFFF)
+        return lock if lock is not None and lock.id == lock_id else None
+
+    patch.setattr(Space, "find", planted)
+
+
+def unlock_orphans(patch):
+    """A client's death takes its persistent locks along."""
+    patch.setattr(LockspaceEngine, "_orphan", lambda self, lock: self._end(0, lock, 0, None, 0))
+
+
+def purge_only_once(patch):
+    """A purge that a round interrupts is not asked again."""
+    patch.setattr(LockspaceEngine, "_purges_again", lambda self: None)
+
+
+def query_only_once(patch):
+    """A query that a round interrupts is not asked again."""
+    patch.setattr(LockspaceEngine, "_queries_again", lambda self: None)
+
+
+def believe_the_spoiled(patch):
+    """A new master takes the newest block for valid though nobody who holds it kept writers out."""
+    recover = recovery._recover_value
+
+    def planted(resource, space):
+        recover(resource, space)
+        resource.value_valid = True
+
+    patch.setattr(recovery, "_recover_value", planted)
+
+
 PLANTS = {
     overtake_conversions: ("DLM-1",),
     believe_old_modes: ("DLM-1", "DLM-4", "DLM-5"),
     forget_the_floor: ("DLM-2",),
     trust_any_value: ("DLM-4",),
     grant_without_lease: ("DLM-6",),
-    ask_only_once: ("DLM-7",),
+    ask_only_once: ("DLM-3", "DLM-7"),
     keep_the_dead: ("DLM-3", "DLM-7"),
+    forget_adopted_locks: ("DLM-7", "DLM-8"),
+    unlock_orphans: ("DLM-8",),
+    purge_only_once: ("DLM-7", "DLM-8"),
+    query_only_once: ("DLM-7",),
+    believe_the_spoiled: ("DLM-4",),
     trust_unfinished_masters: ("DLM-1", "DLM-3", "DLM-4", "DLM-5", "DLM-7"),
 }
 

@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
+from corral.base.ids import MemberId
 from corral.base.time import Seconds
 
 # Modes. Plain ints: they index tables on the hot path.
@@ -43,6 +44,23 @@ ALTCW: Final = 0x10000
 FORCEUNLOCK: Final = 0x20000
 TIMEOUT: Final = 0x40000
 
+# Bits of a query (`Request.flags` of "query"); numbers of the 2004 API.
+THIS_LOCK: Final = 0x7  # in the place of a mode: that of the asking lock
+QUERY_MODE: Final = 0x7  # mask: the mode to compare with
+QUEUE_WAIT: Final = 0x8
+QUEUE_CONVERT: Final = 0x10
+QUEUE_GRANT: Final = 0x20
+QUERY_QUEUES: Final = 0x38  # all three, and the mask
+QUERY_LOCAL: Final = 0x40  # only what is known without asking another member
+QUERY_HIGHER: Final = 0x100
+QUERY_LOWER: Final = 0x200
+QUERY_EQUAL: Final = 0x300
+QUERY_BLOCKING: Final = 0x400  # granted locks in the way of what the asking lock (or the mode) wants
+QUERY_NOT_BLOCKING: Final = 0x500
+QUERY_ALL: Final = 0x600
+QUERY_KIND: Final = 0xF00  # mask
+QUERY_REQUESTED: Final = 0x1000  # compare requested modes, not granted ones
+
 # Flags of a completion.
 DEMOTED: Final = 0x1
 VALNOTVALID: Final = 0x2
@@ -55,8 +73,40 @@ EUNLOCK: Final = -0x10002  # a successful unlock
 VALUE_SIZE: Final = 32  # default length of a value block; per lockspace a multiple of 8
 
 
+class LockInfo(msgspec.Struct, array_like=True, gc=False):
+    """One lock in the answer to a query. `lock` is its client's handle, `state` its queue (a QUEUE_* bit); -1: none."""
+
+    member: MemberId
+    client: int
+    lock: int
+    owner: int
+    state: int
+    granted: int
+    requested: int
+    token: int
+
+
+class ResourceInfo(msgspec.Struct, array_like=True, gc=False):
+    """The answer to a query: the resource, how many locks it has on each queue, and those that were asked for.
+
+    `sequence` counts the writes of the value block. `master` None: not known here (QUERY_LOCAL).
+    """
+
+    name: bytes
+    master: MemberId | None
+    granted: int
+    converting: int
+    waiting: int
+    value: bytes
+    value_valid: bool
+    sequence: int
+    locks: list[LockInfo]
+
+
 class Completion(msgspec.Struct, gc=False):
-    """What became of a request. `mode` is the granted mode after it; `value` is readable beside `value_valid`."""
+    """What became of a request. `mode` is the granted mode after it; `value` is readable beside `value_valid`.
+    `report` answers a query.
+    """
 
     status: int
     flags: int
@@ -64,13 +114,21 @@ class Completion(msgspec.Struct, gc=False):
     value: bytes
     value_valid: bool
     token: int
+    report: ResourceInfo | None = None
 
 
 class Request(msgspec.Struct, gc=False):
     """One operation for `submit`.
 
-    `op`: "lock" | "convert" | "unlock" | "cancel". `lock` names the handle for the last three. `owner` is 0 for the
-    default (the handle itself) or any number the client chooses (POSIX owners, transactions).
+    `op`: "lock" | "convert" | "unlock" | "cancel" | "purge" | "query". `lock` names the handle for the next three.
+    `owner` is 0 for the default (the handle itself) or any number the client chooses (POSIX owners, transactions).
+
+    "purge" unlocks orphans: `lock` is the node where their clients died (0: this one), `owner` the dead client (0:
+    every one); it completes with 0 when the unlocks have begun.
+
+    "query" asks who has and who wants a resource: `resource`, or that of the handle `lock` if it is empty. `flags` are
+    query bits, `owner` how many locks to tell at most (0: 4096). It completes with 0 and a `report`; with -E2BIG (-7)
+    when there were more locks, -ENOENT when nobody uses that name, -EINVAL for bits that do not go together.
     """
 
     op: str

@@ -11,9 +11,9 @@ unanswered one is sent again under the same number.
 
 Invariants: DLM-1 and DLM-2 (`resource.py`), DLM-5 (`recovery.py`); DLM-6 while now >= lease_until no grant, completion
 or blocking callback leaves, local or remote; DLM-7 every request has exactly one completion, unless its client is gone.
-Files: `requests.py` and `operations.py` the holder's side, which this class completes; `resource.py` the rules,
-`space.py` the tables, `master.py` what peers ask, `recovery.py` rounds, `wire.py` the messages, `events.py` what goes
-in and out.
+Files: `requests.py`, `queries.py`, `orphans.py` and `operations.py` the holder's side, which this class completes;
+`resource.py` the rules, `space.py` tables, `master.py` what peers ask, `recovery.py` rounds, `wire.py` the messages,
+`events.py` what goes in and out.
 Source: features 1.5; Linux `fs/dlm`. Deviations: a force unlock is one operation that overtakes the pending one; one
 message type answers all operations; timeouts are the holder's business, a remote one is a Cancel.
 """
@@ -32,6 +32,7 @@ from corral.dlm.events import (
     Finish,
     Lease,
     Lost,
+    Misfit,
     RoundDone,
     SpaceLost,
     Start,
@@ -53,6 +54,10 @@ from corral.dlm.wire import (
     Masters,
     Names,
     NotMaster,
+    Purge,
+    Purged,
+    Queried,
+    Query,
     Reached,
     RecoverLocks,
     Remove,
@@ -79,10 +84,11 @@ class LockspaceEngine(Requests):
         *,
         lease_until: Instant = 0,
         toss_ns: Nanoseconds = TOSS_NS,
+        warn_ns: Nanoseconds = 0,
     ) -> None:
         assert 0 < value_size <= VALUE_SIZE_MAX, "value_size is 8 to 4096 bytes"
         assert value_size % 8 == 0, "value_size is a multiple of 8"
-        super().__init__(me, name, value_size, lease_until, toss_ns)
+        super().__init__(me, name, value_size, lease_until, toss_ns, warn_ns)
         self.recovery = Recovery(self.space, self._mastering)
         self._announced = 0  # the round whose RoundDone is out
         self._lapsed = False  # as of the last tick: nothing to forget before the next lease
@@ -93,6 +99,8 @@ class LockspaceEngine(Requests):
     @property
     def deadline(self) -> Instant:
         first = self._timeouts[0][0] if self._timeouts else FOREVER
+        if self._watched:
+            first = min(first, self._watched[0][0])
         if self.phase != RUNNING or self._lapsed:
             return first
         return min(first, self.space.toss_deadline())
@@ -146,6 +154,7 @@ class LockspaceEngine(Requests):
 
     def _tick(self, now: Instant) -> None:
         self._expire_timeouts(now)
+        self._warn(now)
         self._lapsed = not self._running(now)
         if not self._lapsed:
             self.space.expire(now, EXPIRE_MAX)
@@ -211,6 +220,8 @@ class LockspaceEngine(Requests):
             for _, lock in sorted(locks.items())
             if lock.pending and lock.id not in self._deferred
         )
+        self._purges_again()
+        self._queries_again()
         self._apply(now, effects)
         unanswered.update(self._deferred)
         self._deferred = unanswered
@@ -225,6 +236,10 @@ class LockspaceEngine(Requests):
                 lock = self.space.find(lock_id)
                 if lock is not None and lock.pending:
                     self._dispatch(now, lock)
+        if self._purges:
+            self._ask_purges(now)
+        if self._queries:
+            self._ask_queries(now)
         frozen, self._frozen = self._frozen, []
         for peer, message in frozen:
             self._operation(now, peer, message)
@@ -236,12 +251,16 @@ class LockspaceEngine(Requests):
         self._deferred.clear()
         self._timeouts.clear()
         self._orphans.clear()
+        self._purges.clear()
+        self._queries.clear()
+        self._watched.clear()
         for resource in self.space.resources.values():
             resource.granted.clear()
             resource.converting.clear()
             resource.waiting.clear()
         self.space.resources.clear()
         self.space.clients.clear()
+        self.space.adopted.clear()
         self.space.copies.clear()
         self.space.tossed.clear()
         self.space.directory.clear()
@@ -274,7 +293,10 @@ class LockspaceEngine(Requests):
         self, now: Instant, peer: MemberId, message: Names | Claim | Masters | RecoverLocks | Reached
     ) -> None:
         recovery = self.recovery
-        if isinstance(message, Names):
+        if isinstance(message, Reached) and recovery.misfit(peer, message):
+            self._emit.append(Misfit(peer, message.value_size))
+            self._lose()
+        elif isinstance(message, Names):
             recovery.names(peer, message)
         elif isinstance(message, Claim):
             recovery.claim(peer, message)
@@ -305,6 +327,14 @@ class LockspaceEngine(Requests):
             self._not_master(now, peer, message)
         elif isinstance(message, Remove):
             self.space.removed(peer, message.name, message.token)
+        elif isinstance(message, Purge):
+            self._purge_asked(now, peer, message)
+        elif isinstance(message, Purged):
+            self._purged(now, peer, message)
+        elif isinstance(message, Query):
+            self._query_asked(peer, message)
+        elif isinstance(message, Queried):
+            self._queried(now, peer, message)
         else:
             self.space.counters.hostile += 1
         if effects:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import final
 
 from corral.api.dlm import Completion, Request
-from corral.base.time import Instant
+from corral.base.ids import MemberId
+from corral.base.time import Instant, Nanoseconds
 from corral.base.view import Round
 
 
@@ -132,6 +133,22 @@ class Blocked:
 
 
 @final
+class Waiting:
+    """The request with this cookie has waited for longer than the lockspace finds normal; told once, it waits on."""
+
+    __slots__ = ("client", "cookie", "handle", "waited_ns")
+
+    def __init__(self, client: int, handle: int, cookie: int, waited_ns: Nanoseconds) -> None:
+        self.client = client
+        self.handle = handle
+        self.cookie = cookie
+        self.waited_ns = waited_ns
+
+    def __repr__(self) -> str:
+        return f"Waiting({self.client}, {self.handle}, {self.cookie}, {self.waited_ns})"
+
+
+@final
 class RoundDone:
     """This member's recovery work for the round is done (start_done)."""
 
@@ -142,6 +159,21 @@ class RoundDone:
 
     def __repr__(self) -> str:
         return f"RoundDone({self.round_id})"
+
+
+@final
+class Misfit:
+    """This member cannot be in the lockspace: `peer`, who was here before, has value blocks of `value_size` bytes.
+    The round will not get done here; SpaceLost follows."""
+
+    __slots__ = ("peer", "value_size")
+
+    def __init__(self, peer: MemberId, value_size: int) -> None:
+        self.peer = peer
+        self.value_size = value_size
+
+    def __repr__(self) -> str:
+        return f"Misfit({self.peer}, {self.value_size})"
 
 
 @final

@@ -9,6 +9,7 @@ the master is asked to cancel, and the one answer says which came first. An unlo
 `Lock.then`.
 """
 
+from collections import deque
 from heapq import heapify, heappop, heappush
 from typing import Final
 
@@ -19,6 +20,7 @@ from corral.api.dlm import (
     EX,
     IV,
     NL,
+    NODLCKWT,
     VALBLK,
     VALNOTVALID,
     Completion,
@@ -28,6 +30,7 @@ from corral.base.time import FOREVER, Instant, Nanoseconds
 from corral.dlm.events import (
     Blocked,
     Done,
+    Waiting,
 )
 from corral.dlm.master import Mastering
 from corral.dlm.modes import (
@@ -67,10 +70,19 @@ HANDLE_MAX: Final = 0xFFFFFFFF
 class Operations:
     """State and ways of operations; `requests.Requests` begins them, `engine.LockspaceEngine` gives it life."""
 
-    def __init__(self, me: MemberId, name: str, value_size: int, lease_until: Instant, toss_ns: Nanoseconds) -> None:
+    def __init__(
+        self,
+        me: MemberId,
+        name: str,
+        value_size: int,
+        lease_until: Instant,
+        toss_ns: Nanoseconds,
+        warn_ns: Nanoseconds,
+    ) -> None:
         self.me = me
         self.name = name
         self.value_size = value_size
+        self.warn_ns = warn_ns  # 0: never
         self.phase = STOPPED
         self.lease_until = lease_until
         self.space = Space(me, value_size, toss_ns)
@@ -81,6 +93,8 @@ class Operations:
         self._deferred: dict[int, None] = {}  # locks whose operation waits until we run, in order
         self._timeouts: list[tuple[Instant, int]] = []
         self._timed = 0  # locks with a deadline; the heap may hold stale entries beside
+        self._watched: deque[tuple[Instant, int, int]] = deque()  # (when to warn, lock, operation), the next one first
+        self._orphans: dict[bytes, list[Lock]] = {}  # by name, longest orphaned first
 
     def _running(self, now: Instant) -> bool:
         return self.phase == RUNNING and now < self.lease_until
@@ -101,6 +115,8 @@ class Operations:
             self._timed += 1
             heappush(self._timeouts, (lock.deadline, lock.id))
             self._compact()
+        if self.warn_ns and lock.pending == pending and pending != UNLOCK and not lock.flags & NODLCKWT:
+            self._watched.append((now + self.warn_ns, lock.id, lock.operation))
 
     def _dispatch(self, now: Instant, lock: Lock) -> None:
         """Takes the pending operation to the resource's master, here or elsewhere. Only while running."""
@@ -236,6 +252,8 @@ class Operations:
             self.space.drop_lock(now, lock)
         elif then is not None:
             self._end(now, lock, then[0], then[1], then[2])
+        elif lock.abandoned:
+            self._orphan(lock)  # a persistent one: any other abandoned lock would end by now
         elif lock.blocked:
             mode, lock.blocked = lock.blocked, NL
             self._blocked(now, lock, mode)
@@ -243,7 +261,7 @@ class Operations:
     def _tell(self, now: Instant, lock: Lock, status: int) -> None:
         self._count(status)
         if not lock.abandoned:
-            client, handle = lock.id >> 32, lock.id & HANDLE_MAX
+            client, handle = lock.address >> 32, lock.address & HANDLE_MAX
             self._give(now, Done(client, handle, lock.cookie, self._completion(lock, status)))
 
     def _completion(self, lock: Lock, status: int) -> Completion:
@@ -272,11 +290,11 @@ class Operations:
             counters.timed_out += 1
 
     def _blocked(self, now: Instant, lock: Lock, mode: int) -> None:
-        if lock.pending == REQUEST:
-            lock.blocked = max(lock.blocked, mode)  # told before the grant: said after it
+        if lock.pending == REQUEST or (lock.abandoned and lock.pending != UNLOCK):
+            lock.blocked = max(lock.blocked, mode)  # told before the grant: said after it; of an orphan: to who adopts
         elif not lock.abandoned and lock.granted != IV:  # else it ended while others were told
             self.space.counters.blocked += 1
-            self._give(now, Blocked(lock.id >> 32, lock.id & HANDLE_MAX, mode))
+            self._give(now, Blocked(lock.address >> 32, lock.address & HANDLE_MAX, mode))
 
     def _give(self, now: Instant, event: object) -> None:
         """Emits, unless the lease has lapsed: then it waits for the next one (DLM-6)."""
@@ -298,6 +316,11 @@ class Operations:
         lock.offered = value
         lock.operation += 1
         self._begin(now, lock, UNLOCK, cookie, 0)
+
+    def _orphan(self, lock: Lock) -> None:
+        """The lock of a dead client stays, until somebody adopts or purges it."""
+        self.space.counters.orphaned += 1
+        self._orphans.setdefault(lock.resource.name, []).append(lock)
 
     def _abandon(self, now: Instant, lock: Lock) -> None:
         """Nobody waits for this lock any more: unlock it, whatever becomes of its pending operation."""
@@ -343,6 +366,19 @@ class Operations:
                 if lock.pending in (REQUEST, CONVERT) and not lock.overlap:
                     self._timed_out(now, lock)
 
+    def _warn(self, now: Instant) -> None:
+        """Tells of operations that have waited for the warning time, once each. It is the same for all: so in order."""
+        watched = self._watched
+        while watched and watched[0][0] <= now:
+            when, lock_id, operation = watched.popleft()
+            lock = self.space.find(lock_id)
+            if lock is None or not lock.pending or lock.operation != operation or lock.pending == UNLOCK:
+                continue
+            self.space.counters.warned += 1
+            if not lock.abandoned:
+                waited = now - when + self.warn_ns
+                self._give(now, Waiting(lock.address >> 32, lock.address & HANDLE_MAX, lock.cookie, waited))
+
     def _no_deadline(self, lock: Lock) -> None:
         if lock.deadline != FOREVER:
             lock.deadline = FOREVER
@@ -384,6 +420,10 @@ class Operations:
         ):
             self.space.counters.hostile += 1
             return
+        if lock.resource.master is None and message.status != ENOENT:
+            # It did not know yet when it sent another request of ours back. By the time we unlock we must know.
+            lock.resource.master = peer
+            lock.resource.confirmed = True
         lock.result_flags = message.flags
         if lock.pending != REQUEST or message.status == 0:
             if message.mode != IV:

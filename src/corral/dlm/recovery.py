@@ -63,6 +63,7 @@ class Recovery:
         self._unanswered: set[bytes] = set()
         self._early: list[tuple[MemberId, Claim]] = []  # claims that came before our directory share was whole
         self._building: dict[bytes, Resource] = {}  # names this member newly masters
+        self._joined: frozenset[MemberId] = frozenset()
 
     # --- start -----------------------------------------------------------------------------------------------------
 
@@ -71,6 +72,7 @@ class Recovery:
         space = self._space
         self.round_id = round.id
         self.stage = NAMES
+        self._joined = frozenset(round.joined)
         self._names_from.clear()
         self._locks_from.clear()
         self._masterless.clear()
@@ -298,9 +300,19 @@ class Recovery:
     def _tell_all(self, stage: int) -> None:
         for member in self._space.members:
             if member != self._space.me:
-                self._space.send.append((member, Reached(stage)))
+                self._space.send.append((member, Reached(stage, self._space.value_size)))
+
+    def misfit(self, peer: MemberId, message: Reached) -> bool:
+        """Value blocks differ in length, and `peer` was in the lockspace before us (at the same time: is the lower)."""
+        ours = (self._space.me in self._joined, self._space.me)
+        return self._differs(message) and (peer in self._joined, peer) < ours
+
+    def _differs(self, message: Reached) -> bool:
+        return message.value_size not in (0, self._space.value_size)
 
     def reached(self, now: Instant, peer: MemberId, message: Reached) -> None:
+        if self._differs(message):
+            return  # it leaves, and a new round begins
         if message.stage == NAMES:
             self._names_from.add(peer)
         elif message.stage == LOCKS:

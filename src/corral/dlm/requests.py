@@ -4,11 +4,8 @@ The fast path (`lock_now`, `unlock_now`, `complete_now`) is for what concerns no
 on which nobody waits. It decides by the same code as every other request and differs only in going neither through the
 inbox nor out through `ready`. When it says no, nothing has happened.
 
-Clients are numbered by whoever runs the engine, handles by the client. When a client dies its locks go at once; those
-with PERSISTENT stay as orphans, to be adopted by name and mode.
+Clients are numbered by whoever runs the engine, handles by the client.
 """
-
-from typing import Final
 
 from corral.api.dlm import (
     CANCEL,
@@ -19,18 +16,16 @@ from corral.api.dlm import (
     IV,
     NL,
     ORPHAN,
-    PERSISTENT,
     VALBLK,
     Completion,
 )
 from corral.api.dlm import Request as Asked
-from corral.base.ids import NAME_MAX, MemberId
-from corral.base.time import Instant, Nanoseconds
+from corral.base.ids import NAME_MAX
+from corral.base.time import Instant
 from corral.dlm.events import (
     Done,
 )
 from corral.dlm.modes import (
-    EAGAIN,
     EBUSY,
     EEXIST,
     EINVAL,
@@ -41,22 +36,18 @@ from corral.dlm.modes import (
     check_request,
     check_unlock,
 )
-from corral.dlm.operations import CANCELLED, FORCED, HANDLE_MAX, LOST, RUNNING, Operations
-from corral.dlm.recovery import CONVERT, NO_OPERATION, REQUEST, UNLOCK
+from corral.dlm.operations import CANCELLED, FORCED, HANDLE_MAX, LOST, RUNNING
+from corral.dlm.orphans import CLIENT_MAX
+from corral.dlm.queries import Queries
+from corral.dlm.recovery import CONVERT, REQUEST, UNLOCK
 from corral.dlm.resource import Effects, Lock, Resource
 from corral.dlm.space import LOCKS_MAX
-
-CLIENT_MAX: Final = 0x7FFFFFFE
 
 _NO_EFFECTS: Effects = []  # for what cannot have any
 _NO_LOCKS: dict[int, Lock] = {}
 
 
-class Requests(Operations):
-    def __init__(self, me: MemberId, name: str, value_size: int, lease_until: Instant, toss_ns: Nanoseconds) -> None:
-        super().__init__(me, name, value_size, lease_until, toss_ns)
-        self._orphans: dict[bytes, list[Lock]] = {}
-
+class Requests(Queries):
     # --- the fast path ------------------------------------------------------------------------------------------------
 
     def lock_now(self, now: Instant, client: int, handle: int, name: bytes, mode: int, flags: int) -> Lock | None:
@@ -180,6 +171,10 @@ class Requests(Operations):
             error = ENOTCONN
         elif op == "lock":
             error = self._lock(now, client, handle, cookie, asked)
+        elif op == "purge":
+            error = self._purge(now, client, handle, cookie, asked)
+        elif op == "query":
+            error = self._query(now, client, handle, cookie, asked)
         else:
             lock = self.space.clients.get(client, _NO_LOCKS).get(handle)
             if lock is None or lock.abandoned:
@@ -248,7 +243,7 @@ class Requests(Operations):
         if not lock.pending and lock.flags & CANCEL:
             return EINVAL  # cancelled already, and nothing asked for since
         # What became of the cancelled operation is that one's completion; this one says that the cancel is under way.
-        self._give(now, Done(lock.id >> 32, lock.id & HANDLE_MAX, cookie, self._completion(lock, 0)))
+        self._give(now, Done(lock.address >> 32, lock.address & HANDLE_MAX, cookie, self._completion(lock, 0)))
         if lock.pending:
             self._withdraw(now, lock, CANCELLED)
         return 0
@@ -276,46 +271,3 @@ class Requests(Operations):
 
     def _padded(self, value: bytes) -> bytes:
         return value if len(value) == self.value_size else value.ljust(self.value_size, b"\0")
-
-    # --- clients that die --------------------------------------------------------------------------------------------
-
-    def _client_gone(self, now: Instant, client: int) -> None:
-        for _, lock in sorted(self.space.clients.get(client, _NO_LOCKS).items()):
-            if lock.pending == NO_OPERATION and lock.flags & PERSISTENT:
-                self._orphan(lock)
-            else:
-                self._abandon(now, lock)
-        self.space.client_gone(client)
-
-    def _orphan(self, lock: Lock) -> None:
-        lock.abandoned = True
-        self._orphans.setdefault(lock.resource.name, []).append(lock)
-
-    def _adopt(self, now: Instant, client: int, handle: int, cookie: int, asked: Asked) -> int:
-        """ORPHAN: the lock of that name and mode that a dead client left here. Its number at the master stays."""
-        orphans = self._orphans.get(asked.resource, [])
-        for lock in orphans:
-            if lock.granted == asked.mode:
-                orphans.remove(lock)
-                if not orphans:
-                    del self._orphans[asked.resource]
-                return self._replace(now, lock, client, handle, cookie)
-        return EAGAIN if orphans else ENOENT
-
-    def _replace(self, now: Instant, orphan: Lock, client: int, handle: int, cookie: int) -> int:
-        """Gives the orphan its new client's number, which only works while it is mastered here."""
-        if not orphan.resource.complete or orphan.pending:
-            self._orphans.setdefault(orphan.resource.name, []).append(orphan)
-            return EBUSY
-        space = self.space
-        locks = space.clients.setdefault(client, {})
-        if handle in locks:
-            self._orphans.setdefault(orphan.resource.name, []).append(orphan)
-            return EEXIST
-        del space.clients[orphan.id >> 32][orphan.id & HANDLE_MAX]
-        space.client_gone(orphan.id >> 32)
-        orphan.id = client << 32 | handle
-        orphan.abandoned = False
-        locks[handle] = orphan
-        self._give(now, Done(client, handle, cookie, self._completion(orphan, 0)))
-        return 0

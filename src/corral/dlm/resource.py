@@ -68,11 +68,14 @@ class Lock:
     """A lock. Where its resource is mastered it sits on a queue; elsewhere it is the holder's copy of one.
 
     `holder` is None for a lock of this process, else the member whose copy (numbered `id` there) this one masters.
+    `address` says which client's lock it is, and under which handle: client << 32 | handle. That is the lock's id as
+    well, until another client adopts it: the id, by which masters know it, stays.
     `operation` numbers the operations on this lock; with `pending` and `overlap` it belongs to the engine.
     """
 
     __slots__ = (
         "abandoned",
+        "address",
         "answer",
         "asked",
         "blocked",
@@ -102,6 +105,7 @@ class Lock:
 
     def __init__(self, id: int, resource: "Resource", holder: MemberId | None, owner: int) -> None:
         self.id = id
+        self.address = id
         self.resource = resource
         self.holder = holder
         self.owner = owner

@@ -38,6 +38,7 @@ class Counters:
         "invalidated",
         "lookups",
         "not_queued",
+        "orphaned",
         "purged",
         "received",
         "recovered",
@@ -46,6 +47,7 @@ class Counters:
         "sent",
         "stale",
         "timed_out",
+        "warned",
     )
 
     def __init__(self) -> None:
@@ -55,6 +57,8 @@ class Counters:
         self.cancelled = 0
         self.deadlocks = 0
         self.timed_out = 0
+        self.warned = 0  # operations that waited longer than the lockspace finds normal
+        self.orphaned = 0
         self.lookups = 0
         self.sent = 0
         self.received = 0
@@ -83,6 +87,7 @@ class Space:
         self.resources: dict[bytes, Resource] = {}
         self.clients: dict[int, dict[int, Lock]] = {}
         self.gone: set[int] = set()  # dead clients that still have locks
+        self.adopted: dict[int, Lock] = {}  # locks whose address is not their id any more, by id
         self.lock_count = 0
         self.copies: dict[MemberId, dict[int, Lock]] = {}
         self.directory: dict[bytes, MemberId] = {}
@@ -124,21 +129,35 @@ class Space:
     def find(self, lock_id: int) -> Lock | None:
         """A lock of this process, by the number peers know it by."""
         client = self.clients.get(lock_id >> 32)
-        return None if client is None else client.get(lock_id & 0xFFFFFFFF)
+        lock = None if client is None else client.get(lock_id & 0xFFFFFFFF)
+        return lock if lock is not None and lock.id == lock_id else self.adopted.get(lock_id)
 
     def drop_lock(self, now: Instant, lock: Lock) -> None:
         """A lock of this process is over."""
-        client = lock.id >> 32
-        locks = self.clients[client]
-        del locks[lock.id & 0xFFFFFFFF]
-        if not locks and client in self.gone:
-            self.gone.discard(client)
-            del self.clients[client]
+        self._leave_client(lock)
         self.lock_count -= 1
         resource = lock.resource
         resource.processes -= 1
         if not resource.processes and not resource.copies:
             self.toss(now, resource)
+
+    def _leave_client(self, lock: Lock) -> None:
+        client = lock.address >> 32
+        locks = self.clients[client]
+        del locks[lock.address & 0xFFFFFFFF]
+        if lock.id != lock.address:
+            del self.adopted[lock.id]
+        if not locks and client in self.gone:
+            self.gone.discard(client)
+            del self.clients[client]
+
+    def readdress(self, lock: Lock, address: int) -> None:
+        """A dead client's lock becomes another one's. The address is free."""
+        self._leave_client(lock)
+        lock.address = address
+        self.clients.setdefault(address >> 32, {})[address & 0xFFFFFFFF] = lock
+        if lock.id != address:
+            self.adopted[lock.id] = lock
 
     def client_gone(self, client: int) -> None:
         """Forgets a dead client, now or with its last lock. A living one keeps its empty table: it will lock again."""

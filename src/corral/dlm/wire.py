@@ -9,6 +9,7 @@ from typing import Final
 
 import msgspec
 
+from corral.api.dlm import ResourceInfo
 from corral.base.ids import MemberId
 from corral.wire.codec import Codec
 
@@ -133,9 +134,43 @@ class RecoverLocks(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=1
 
 
 class Reached(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=14):
-    """Barrier: all I had to send in this stage has been sent to you before this."""
+    """Barrier: all I had to send in this stage has been sent to you before this. My value blocks have `value_size`
+    bytes (0: not told)."""
 
     stage: int
+    value_size: int = 0
+
+
+class Purge(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=15):
+    """Unlock the orphans that this dead client left on you (0: all). Asked again in each round until answered."""
+
+    number: int
+    client: int
+
+
+class Purged(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=16):
+    """The answer to a Purge: the unlocks have begun."""
+
+    number: int
+
+
+class Query(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=17):
+    """To whoever masters the name, or to the directory: who holds and who waits? `mode` as `bits` need it."""
+
+    number: int
+    name: bytes
+    bits: int
+    mode: int
+    limit: int
+
+
+class Queried(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=18):
+    """The answer to a Query. Without a report: `master` does, if the sender is the directory and knows."""
+
+    number: int
+    status: int
+    report: ResourceInfo | None
+    master: MemberId | None
 
 
 CHUNK: Final = 256  # names or locks in one recovery message
@@ -156,5 +191,9 @@ CODEC: Final[Codec[object]] = Codec(
         Masters,
         RecoverLocks,
         Reached,
+        Purge,
+        Purged,
+        Query,
+        Queried,
     )
 )

@@ -12,6 +12,7 @@ happened instead (read the diff). Messages wait in the network until the story d
     settle                      deliver all, and say nothing of it
     kill N                      dies: its locks count until the next round
     gone C@N                    the client dies
+    purge C@N WHOSE NODE        client C on node N purges the orphans that client WHOSE (0: all) left on NODE
     stop        round [N...]    start a round with these members (default: all alive)       finish [N...]
     recover                     stop, round, deliver all, finish
     lapse N     lease N         the lease runs out; is renewed
@@ -155,6 +156,12 @@ class Story:
     def do_gone(self, where: str) -> None:
         client, node = map(int, where.split("@"))
         self.step(node, ClientGone(client))
+
+    def do_purge(self, where: str, whose: str, left_on: str) -> None:
+        client, node = map(int, where.split("@"))
+        cookie = len(self.cookies) + 1
+        self.cookies[cookie] = "purge"
+        self.step(node, Submit(client, [(0, cookie, Request("purge", lock=int(left_on), owner=int(whose)))]))
 
     def alive(self) -> Iterator[int]:
         return (node for node in sorted(self.engines) if node not in self.dead)

@@ -7,13 +7,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from corral.api.dlm import LockInfo, ResourceInfo
 from corral.base.ids import MemberId
 from corral.dlm import wire
 
 PAGE = Path(__file__).parents[3] / "docs/design/dlm-wire.md"
 TYPES = {bytes: "bytes", int: "int", bool: "bool", bytes | None: "bytes or nil", MemberId: "MemberId"}
 TYPES |= {list[bytes]: "array of bytes", list[MemberId]: "array of MemberId"}
-TYPES |= {list[wire.RecoverLock]: "array of RecoverLock"}
+TYPES |= {list[wire.RecoverLock]: "array of RecoverLock", list[LockInfo]: "array of LockInfo"}
+TYPES |= {MemberId | None: "MemberId or nil", ResourceInfo | None: "ResourceInfo or nil"}
 
 
 def told():
@@ -30,7 +32,7 @@ def told():
 
 def test_the_page_tells_what_is_sent():
     coded = {}
-    for kind in (*wire.CODEC.types, wire.RecoverLock):
+    for kind in (*wire.CODEC.types, wire.RecoverLock, ResourceInfo, LockInfo):
         tag = msgspec.inspect.type_info(kind).tag
         hints = typing.get_type_hints(kind)
         first = 0 if tag is None else 1
@@ -40,6 +42,8 @@ def test_the_page_tells_what_is_sent():
 
 
 RECORD = wire.RecoverLock(b"n", 5, 5, 3, -1, 8, 2, 9, b"v" * 8, 4, True)
+INFO = LockInfo(MemberId(1, 2, 3), 4, 5, 5, 32, 3, -1, 7)
+REPORT = ResourceInfo(b"n", MemberId(1, 2, 3), 1, 0, 0, b"v", True, 4, [INFO])
 VERSION_1 = [
     (wire.Request(1, 1, b"n", 5, 8, 1, None, True), "9901 0101c4016e050801c0c3"),
     (wire.Convert(1, 2, 3, 8, b"v"), "9602 010203 08c40176"),
@@ -57,7 +61,14 @@ VERSION_1 = [
     (wire.Claim([b"n"]), "920b 91c4016e"),
     (wire.Masters([b"n"], [MemberId(1, 2, 3)]), "930c 91c4016e9193010203"),
     (wire.RecoverLocks([RECORD]), "920d 919bc4016e050503ff080209c408767676767676767604c3"),
-    (wire.Reached(3), "920e 03"),
+    (wire.Reached(3, 32), "930e 0320"),
+    (wire.Purge(1, 7), "930f 0107"),
+    (wire.Purged(1), "9210 01"),
+    (wire.Query(1, b"n", 0x638, -1, 9), "9611 01c4016ecd0638ff09"),
+    (
+        wire.Queried(1, 0, REPORT, None),
+        "9512 010099c4016e93010203010000c40176c304919893010203040505 2003ff07 c0",
+    ),
 ]
 
 

@@ -1,0 +1,96 @@
+"""What concerns a lockspace as a whole: lengths of value blocks, warnings, orphans' bookkeeping."""
+
+from tests.unit.dlm.members import Members, member
+
+from corral.api.dlm import EX, NL, NODLCKWT, ORPHAN, PERSISTENT, PR, VALBLK, Request
+from corral.base.time import SECOND
+from corral.dlm.events import Done, Misfit, RoundDone, SpaceLost, Waiting
+
+
+def test_value_blocks_have_the_length_of_the_lockspace():
+    for size in (8, 64, 4096):
+        members = Members(1, 2, value_size=size)
+        members.ask(2, 1, 1, Request("lock", b"v", EX, VALBLK))
+        assert members.ask(2, 1, 1, Request("convert", mode=EX, flags=VALBLK, value=b"x" * (size + 1))).status == -22
+        members.ask(2, 1, 1, Request("convert", mode=NL, flags=VALBLK, value=b"x" * size))
+        assert members.ask(1, 1, 1, Request("lock", b"v", PR, VALBLK)).value == b"x" * size
+
+
+def test_who_comes_with_another_length_stays_out_and_the_others_go_on():
+    members = Members(1, 2)
+    members.ask(2, 1, 1, Request("lock", b"v", EX))
+    members.join(3, value_size=16)
+    members.heard.clear()
+    members.recover(3)
+    told = [event for node, event in members.heard if node == 3]
+    assert [type(event) for event in told] == [Misfit, SpaceLost]
+    assert (told[0].peer, told[0].value_size) == (member(1), 8)
+    assert not [event for node, event in members.heard if node != 3 and isinstance(event, RoundDone)]
+    del members.engines[3]
+    members.recover()
+    assert members.ask(1, 1, 1, Request("lock", b"v", PR, 1)).status == -11
+
+
+def test_of_two_that_come_together_the_higher_stays_out():
+    members = Members()
+    members.join(1, value_size=16)
+    members.join(2, value_size=8)
+    members.recover(1, 2)
+    assert [(node, type(event)) for node, event in members.heard] == [(2, Misfit), (2, SpaceLost)]
+
+
+def test_who_waits_long_is_told_once_and_only_if_it_wants_to_be():
+    members = Members(1, 2, warn_ns=5 * SECOND)
+    members.submit(1, 1, 1, Request("lock", b"r", EX))
+    members.submit(2, 1, 1, Request("lock", b"r", EX))
+    cookie = members.cookie
+    members.submit(2, 1, 2, Request("lock", b"r", EX, NODLCKWT))
+    members.submit(2, 1, 3, Request("lock", b"s", EX))
+    members.heard.clear()
+    members.wait(5 * SECOND - 1)
+    assert members.heard == []
+    members.wait(2)
+    ((node, waiting),) = members.heard
+    assert isinstance(waiting, Waiting)
+    assert (node, waiting.client, waiting.handle, waiting.cookie) == (2, 1, 1, cookie)
+    assert 5 * SECOND <= waiting.waited_ns < 6 * SECOND
+    members.wait(100 * SECOND)
+    assert len(members.heard) == 1
+    assert members.engines[2].counters.warned == 1
+
+
+def test_an_adopted_lock_is_a_lock_like_any_other_wherever_it_is_mastered():
+    for master in (1, 2):
+        members = Members(1, 2)
+        members.submit(master, 1, 9, Request("lock", b"r", NL))
+        members.submit(1, 2, 5, Request("lock", b"r", EX, PERSISTENT | VALBLK))
+        members.gone(1, 2)
+        adopted = members.ask(1, 3, 5, Request("lock", b"r", EX, ORPHAN | PERSISTENT))
+        assert (adopted.status, adopted.mode) == (0, EX)
+        assert members.ask(1, 3, 5, Request("lock", b"r", EX, ORPHAN)).status == -17
+        assert members.ask(1, 3, 5, Request("convert", mode=PR, flags=VALBLK | PERSISTENT, value=b"x")).mode == PR
+        members.gone(1, 3)  # an orphan once more
+        assert members.ask(1, 4, 1, Request("lock", b"r", EX, ORPHAN)).status == -11
+        assert members.ask(1, 4, 1, Request("lock", b"r", PR, ORPHAN)).value.rstrip(b"\0") == b"x"
+        del members.engines[3 - master]
+        members.recover()
+        if master == 2:
+            continue  # the orphan lived on 1
+        members.gone(1, 4)
+        members.gone(1, 1)
+        space = members.engines[1].space
+        assert (space.lock_count, space.adopted, space.gone) == (0, {}, set())
+        assert set(space.clients) <= {3}
+
+
+def test_a_number_at_the_master_means_the_adopted_lock_and_not_who_has_its_old_handle():
+    members = Members(1, 2)
+    members.submit(2, 9, 1, Request("lock", b"r", NL))
+    members.submit(1, 2, 5, Request("lock", b"r", PR, PERSISTENT))
+    members.gone(1, 2)
+    members.ask(1, 3, 1, Request("lock", b"r", PR, ORPHAN))
+    heard = members.submit(2, 9, 2, Request("lock", b"r", EX))
+    ((node, blocked),) = heard
+    assert (node, blocked.client, blocked.handle) == (1, 3, 1)
+    members.submit(1, 3, 1, Request("unlock"))
+    assert any(isinstance(event, Done) and node == 2 for node, event in members.heard)
