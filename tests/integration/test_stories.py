@@ -157,7 +157,7 @@ def test_a_full_state_directory_stops_its_corrald_with_one_line(mounted: Mounted
         fill()
         for _ in range(20):  # each a new view, which node 2 would have to remember; the last page has room for some
             mounted.start(3)
-            until(lambda: mounted.cluster.corrald(2) is None or _in_view(mounted, 3), "node 3 in a view, or node 2 down")
+            until(lambda: mounted.cluster.corrald(2) is None or _in_view(mounted, 3), "node 3 in, or node 2 down")
             if mounted.cluster.corrald(2) is None:
                 break
             mounted.cluster.stop(3)

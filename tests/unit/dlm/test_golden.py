@@ -1,4 +1,4 @@
-"""The Linux kernel's own DLM is the oracle: its recorded runs, step by step; and `corral dlm replay`, which plays them."""
+"""The Linux kernel's own DLM is the oracle: its recorded runs, and `corral dlm replay`, which plays them."""
 
 import json
 import os
@@ -118,5 +118,4 @@ def test_a_file_that_is_no_recording_is_named_in_one_sentence(tmp_path, line):
     assert done.exit_code == 1
     assert "is not a recording" in done.stderr
     with pytest.raises(Malformed):
-        for run in runs(line):
-            list(replay(run))
+        [list(replay(run)) for run in runs(line)]
