@@ -39,6 +39,7 @@ class Namespace:
         self._holder.stdin.write(b"\n")
         self._holder.stdin.flush()
         if self._holder.stdout.read(1) != b"\n":  # answered from inside
+            self.close()
             raise OSError("no network namespace can be made here")
 
     @property

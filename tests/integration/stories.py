@@ -116,8 +116,9 @@ class Mounted:
     def work(self, seconds: float = 60.0) -> Iterator["Work"]:
         """On every node one application that appends to a shared log and one that adds to shared counters."""
         self._stories += 1
-        work = Work(self, f"story{self._stories}", seconds)
+        work = Work(self, f"story{self._stories}")
         try:
+            work.begin(seconds)
             yield work
         except BaseException:
             self._keep(work, "failed")
@@ -146,20 +147,24 @@ class Mounted:
 
 
 class Work:
-    def __init__(self, mounted: Mounted, name: str, seconds: float) -> None:
+    def __init__(self, mounted: Mounted, name: str) -> None:
         self._mounted = mounted
         self.name = name
-        directory = mounted.mount(1) / name
+        self.writers = Writers()
+
+    def begin(self, seconds: float) -> None:
+        """Returns when every application has done something."""
+        directory = self._mounted.mount(1) / self.name
         directory.mkdir()
         for number in range(worker.COUNTERS):
             (directory / f"counter{number}").write_bytes(bytes(8))
         (directory / "log").write_bytes(b"")
-        self.writers = Writers()
-        for node in mounted.config.node_ids:
-            reach = ["mounted", str(mounted.mount(node))]
-            self.writers.start(f"n{node}c", reach, "counters", name, f"n{node}c", str(seconds))
-            self.writers.start(f"n{node}l", reach, "append", name, f"n{node}l", str(seconds))
-        self.goes_on(*mounted.config.node_ids)
+        nodes = self._mounted.config.node_ids
+        for node in nodes:
+            reach = ["mounted", str(self._mounted.mount(node))]
+            self.writers.start(f"n{node}c", reach, "counters", self.name, f"n{node}c", str(seconds))
+            self.writers.start(f"n{node}l", reach, "append", self.name, f"n{node}l", str(seconds))
+        self.goes_on(*nodes)
 
     def goes_on(self, *nodes: int) -> None:
         """Both applications of each of these nodes are told of new work done."""
