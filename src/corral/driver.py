@@ -3,6 +3,8 @@
 `feed` steps the engine and acts on what it decided before it returns; a call made while a step is being acted on is
 queued behind it, so an engine is never re-entered. Records are written by one task, in order: what must follow them
 (`then_send`, `emit`) waits there, what need not (`send`) has already left.
+
+One timer, never moved back: a deadline that left it behind, as most do, costs nothing until it fires and finds that.
 """
 
 from collections.abc import Callable
@@ -55,7 +57,7 @@ class Driver(Generic[E]):
 
     def start(self) -> None:
         """Arms the first deadline."""
-        self._arm()
+        self.arm()
 
     def stop(self) -> None:
         self._stopped = True
@@ -70,29 +72,27 @@ class Driver(Generic[E]):
         if not self._busy:
             self._run()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a step is being acted on: what is fed now waits behind it, and a fast path must not overtake that."""
+        return self._busy
+
     def _run(self) -> None:
         self._busy = True
+        step = self.engine.step
         try:
             while self._inbox and not self._stopped:
                 now = self._world.now()
-                batch, self._inbox = self._inbox[:BATCH], self._inbox[BATCH:]
+                batch, self._inbox = self._inbox, []
+                if len(batch) > BATCH:
+                    self._inbox = batch[BATCH:]
+                    del batch[BATCH:]
                 for event in batch:
-                    self.engine.step(now, event)
+                    step(now, event)
                 self._act(self.engine.ready())
         finally:
             self._busy = False
-        if not self._stopped:
-            self._arm()
-
-    def pump(self) -> None:
-        """After a fast path changed the engine outside `feed`: act on what it decided."""
-        if not self._busy and not self._stopped:
-            self._busy = True
-            try:
-                self._act(self.engine.ready())
-            finally:
-                self._busy = False
-            self._run()
+        self.arm()
 
     def _act(self, ready: Ready) -> None:
         for peer, message in ready.send:
@@ -134,19 +134,20 @@ class Driver(Generic[E]):
         finally:
             self._writing = False
 
-    def _arm(self) -> None:
+    def arm(self) -> None:
+        """Makes sure that the engine is woken by its deadline: also for who changed it by a fast path."""
         deadline = self.engine.deadline
-        if deadline == self._timer_at and self._timer is not None:
+        if deadline >= self._timer_at or self._stopped:
             return
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
         self._timer_at = deadline
-        if deadline < FOREVER:
-            self._timer = self._world.call_at(deadline, self._tick)
+        self._timer = self._world.call_at(deadline, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
         self._timer_at = FOREVER
-        if not self._stopped:
+        if self._world.now() < self.engine.deadline:
+            self.arm()
+        elif not self._stopped:
             self.feed(TICK)  # type: ignore[arg-type]

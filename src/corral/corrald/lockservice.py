@@ -11,7 +11,7 @@ import logging
 import sys
 from typing import Final, final
 
-from corral.api.dlm import Completion
+from corral.api.dlm import Completion, Request
 from corral.base.errors import ClusterError, ConfigurationError, PeerError
 from corral.base.ids import NAME_MAX
 from corral.base.world import Connection, World
@@ -91,12 +91,17 @@ class Client:
         self._spaces: dict[int, tuple[Space, int]] = {}  # its number -> (space, dlm client number)
         self._completions: dict[int, list[tuple[int, int, Completion]]] = {}
         self._blocked: dict[int, list[tuple[int, int]]] = {}
-        self._flushing = False
+        self._flushing = False  # a flush follows
         self._closed = False
 
     # -- ConnectionHandler
 
     def received(self, messages: list[bytes]) -> None:
+        self._flushing = True
+        self._receive(messages)
+        self._flush()
+
+    def _receive(self, messages: list[bytes]) -> None:
         for payload in messages:
             if self._closed:
                 return
@@ -164,10 +169,20 @@ class Client:
             self._end()
             return
         space, user = found
+        native, number = space.native, message.space
+        waiting: list[tuple[int, int, Request]] = []  # from the first that does not complete at once: order is kept
         try:
-            space.native.submit(user, message.requests)
+            for operation in message.requests:
+                handle, cookie, request = operation
+                completion = None if waiting else native.complete_now(user, handle, request)
+                if completion is None:
+                    waiting.append(operation)
+                else:
+                    self.complete(number, handle, cookie, completion)
+            if waiting:
+                native.submit(user, waiting)
         except ClusterError as error:
-            self.tell(SpaceGone(message.space, str(error)))
+            self.tell(SpaceGone(number, str(error)))
 
     def _close_space(self, number: int) -> None:
         found = self._spaces.pop(number, None)
@@ -177,7 +192,7 @@ class Client:
             if space.opening.done():
                 space.native.client_gone(user)
 
-    # -- what it is told: everything of one loop turn in one message
+    # -- what it is told: all that its own requests caused, and everything of one loop turn, in one message
 
     def complete(self, number: int, handle: int, cookie: int, completion: Completion) -> None:
         self._completions.setdefault(number, []).append((handle, cookie, completion))
@@ -190,7 +205,7 @@ class Client:
     def _flush_soon(self) -> None:
         if not self._flushing:
             self._flushing = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            self._service.loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flushing = False
@@ -218,6 +233,7 @@ class LockService:
         self.participant: Final = participant
         self.clients: set[Client] = set()
         self.spaces: dict[str, Space] = {}
+        self.loop: Final = asyncio.get_running_loop()
         self.rejected = 0
         self._user = 0
 

@@ -8,10 +8,12 @@ Both keep the books of one client: a handle per lock, a cookie per request, and 
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, final
 
 from corral.api.dlm import Completion, Request
 from corral.base.errors import ClusterError, LockLost, PeerError
+from corral.base.time import Instant
 from corral.base.world import Connection, World
 from corral.providers.ipc_wire import (
     FROM_LOCK_SERVICE,
@@ -52,18 +54,23 @@ class Books:
         handles: list[int] = []
         operations: list[tuple[int, int, Request]] = []
         for request in requests:
-            if request.op == "lock":
-                self._handle += 1
-                handle = self._handle
-                if blocking is not None:
-                    self._blocking[handle] = blocking
-            else:
-                handle = request.lock
+            handle = self.add(blocking) if request.op == "lock" else request.lock
             self._cookie += 1
             self._waiting[self._cookie] = (handle, completed)
             handles.append(handle)
             operations.append((handle, self._cookie, request))
         return handles, operations
+
+    def next_handle(self) -> int:
+        """What `add` will give."""
+        return self._handle + 1
+
+    def add(self, blocking: Blocking | None) -> int:
+        """A handle for a new lock."""
+        self._handle += 1
+        if blocking is not None:
+            self._blocking[self._handle] = blocking
+        return self._handle
 
     def complete(self, handle: int, cookie: int, completion: Completion) -> None:
         waiting = self._waiting.pop(cookie, None)
@@ -87,9 +94,9 @@ class SocketBackend:
         self.name: Final = name
         self.value_size: Final = value_size
         self.lost: asyncio.Future[str] = world.future()
+        self.lease_until: Callable[[], Instant] = page.lease_until
         self._world = world
         self._socket = socket
-        self._page = page
         self._books = Books()
         self._connection: Connection | None = None
         self._opened: asyncio.Future[None] = world.future()
@@ -105,10 +112,6 @@ class SocketBackend:
             ) from None
         self._connection.send([TO_LOCK_SERVICE.encode(OpenSpace(1, self.name, self.value_size))])
         await self._opened
-
-    @property
-    def valid(self) -> bool:
-        return not self.lost.done() and self._world.now() < self._page.lease_until()
 
     def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
         if self.lost.done() or self._connection is None:
@@ -162,6 +165,7 @@ class SocketBackend:
     def _end(self, reason: str) -> None:
         if not self.lost.done():
             self.lost.set_result(reason)
+            self.lease_until = _no_lease
         self._open_answer(reason)
         if self._connection is not None:
             self._connection.close()
@@ -169,29 +173,43 @@ class SocketBackend:
 
 @final
 class NativeBackend:
-    """One client of a lockspace engine in this process."""
+    """One client of a lockspace engine in this process. Implements `locks.FastBackend`."""
 
     def __init__(self, world: World, native: NativeLockspace, client: int = 1) -> None:
         self.name: Final = native.name
         self.lost: asyncio.Future[str] = world.future()
+        self.lease_until: Callable[[], Instant] = native.lease_until
         self._native = native
         self._client = client
         self._books = Books()
-        self._queue: list[Callable[[], None]] = []
+        self._loop = asyncio.get_running_loop()
+        self._submitting = False
+        self._queue: list[Callable[[], None]] = []  # what the engine decided within `submit`
         native.completed = self._completed
         native.blocked = self._blocked
         native.lost = self._lost
-
-    @property
-    def valid(self) -> bool:
-        return not self.lost.done() and self._native.valid
 
     def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
         if self.lost.done():
             raise LockLost(self.lost.result())
         handles, operations = self._books.enter(requests, completed, blocking)
-        self._native.submit(self._client, operations)
+        self._submitting = True
+        try:
+            self._native.submit(self._client, operations)
+        finally:
+            self._submitting = False
         return handles
+
+    def submit_now(self, request: Request, blocking: Blocking | None) -> tuple[int, Completion] | None:
+        """Completes within the call what concerns nobody else; None: nothing has happened, `submit` it."""
+        books = self._books
+        handle = books.next_handle() if request.op == "lock" else request.lock
+        completion = self._native.complete_now(self._client, handle, request)
+        if completion is None:
+            return None
+        if request.op == "lock":
+            books.add(blocking)
+        return handle, completion
 
     def forget(self, handle: int) -> None:
         self._books.forget(handle)
@@ -200,24 +218,36 @@ class NativeBackend:
         self._native.client_gone(self._client)
         await self._native.close()
 
-    # Completions never come from within `submit`: what the engine decides at once waits for the next loop turn.
+    # What the engine decides within `submit` waits for the next loop turn, and what comes meanwhile stays behind it.
 
     def _completed(self, _client: int, handle: int, cookie: int, completion: Completion) -> None:
-        self._later(lambda: self._books.complete(handle, cookie, completion))
+        if self._submitting or self._queue:
+            self._later(partial(self._books.complete, handle, cookie, completion))
+        else:
+            self._books.complete(handle, cookie, completion)
 
     def _blocked(self, _client: int, handle: int, mode: int) -> None:
-        self._later(lambda: self._books.block(handle, mode))
+        if self._submitting or self._queue:
+            self._later(partial(self._books.block, handle, mode))
+        else:
+            self._books.block(handle, mode)
 
     def _lost(self, reason: str) -> None:
         if not self.lost.done():
             self.lost.set_result(reason)
+            self.lease_until = _no_lease
 
     def _later(self, call: Callable[[], None]) -> None:
         if not self._queue:
-            asyncio.get_running_loop().call_soon(self._drain)
+            self._loop.call_soon(self._drain)
         self._queue.append(call)
 
     def _drain(self) -> None:
         queue, self._queue = self._queue, []
         for call in queue:
             call()
+
+
+def _no_lease() -> Instant:
+    """Of a lockspace that is lost."""
+    return 0

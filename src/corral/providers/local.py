@@ -14,7 +14,7 @@ from corral.api.dlm import ECANCEL, EUNLOCK, VALUE_SIZE, Completion, Request
 from corral.base.engine import TICK
 from corral.base.errors import ClusterError, LockLost
 from corral.base.ids import NAME_MAX
-from corral.base.time import FOREVER
+from corral.base.time import FOREVER, Instant
 from corral.base.world import Timer, World
 from corral.dlm.events import Blocked, ClientGone, Done, Submit
 from corral.dlm.solo import solo
@@ -41,10 +41,10 @@ class LocalBackend:
         self._waiting: dict[int, Completed] = {}
         self._blocking: dict[int, Blocking] = {}
         self._delivering = False
+        self._loop = asyncio.get_running_loop()
 
-    @property
-    def valid(self) -> bool:
-        return not self.lost.done()
+    def lease_until(self) -> Instant:
+        return 0 if self.lost.done() else FOREVER
 
     def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
         if self.lost.done():
@@ -105,7 +105,7 @@ class LocalBackend:
         """What the engine decided is delivered in the next loop turn, never from within `submit`."""
         if not self._delivering:
             self._delivering = True
-            asyncio.get_running_loop().call_soon(self._deliver)
+            self._loop.call_soon(self._deliver)
         self._arm()
 
     def _deliver(self) -> None:

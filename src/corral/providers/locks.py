@@ -34,14 +34,15 @@ from corral.api.dlm import (
 )
 from corral.base.errors import Busy, Cancelled, ClusterError, Deadlock, LockLost, TimedOut, WouldBlock
 from corral.base.ids import NAME_MAX
-from corral.base.time import Seconds, from_seconds
+from corral.base.time import Instant, Seconds, from_seconds
 from corral.base.world import World
 from corral.dlm.modes import EAGAIN, EBUSY, EDEADLK, EINVAL, ENOMEM, ENOTCONN, ETIMEDOUT, VALUE_TRANSFER, WRITE
 
 Completed = Callable[[int, Completion], None]
 Blocking = Callable[[int, int], None]
+Key = tuple[bytes | str, int]  # of a kept lock: its name as the application writes it, and its mode
 
-KEPT_MAX: Final = 65_536  # idle kept locks of one lockspace; beyond, the longest idle is given back
+KEPT_MAX: Final = 65_536  # kept locks of one lockspace; beyond, the one kept longest is given back
 
 
 class Backend(Protocol):
@@ -53,9 +54,8 @@ class Backend(Protocol):
     def lost(self) -> "asyncio.Future[str]":
         """Resolves with the reason when every lock is lost for good."""
 
-    @property
-    def valid(self) -> bool:
-        """Whether held locks are guaranteed now: the lease runs."""
+    def lease_until(self) -> Instant:
+        """Up to when held locks are guaranteed, by `World.now`; 0 when they are lost."""
 
     def submit(
         self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None
@@ -97,10 +97,11 @@ class HeldLock:
     """Implements `api.dlm.Lock`."""
 
     __slots__ = (
-        "_blocked",
         "_handle",
         "_in_use",
         "_keep",
+        "_kept",
+        "_key",
         "_lost",
         "_on_block",
         "_space",
@@ -112,17 +113,19 @@ class HeldLock:
         "value_valid",
     )
 
-    def __init__(self, space: "LockSpace", resource: bytes, keep: bool, on_block: Callable[[int], None] | None) -> None:
-        self.resource = resource
+    def __init__(self, space: "LockSpace", key: Key, keep: bool, on_block: Callable[[int], None] | None) -> None:
+        name = key[0]
+        self.resource = name.encode() if isinstance(name, str) else name
         self.mode = -1
         self.value = b""
         self.value_valid = False
         self.token = 0
         self._space = space
         self._handle = 0
-        self._keep = keep
+        self._keep = keep  # wanted kept, and nobody else has asked for it
+        self._key = key
+        self._kept = False  # in the table of kept locks, in use or idle
         self._on_block = on_block
-        self._blocked = 0  # the mode somebody waits for
         self._in_use = True
         self._lost = False
         self._task: asyncio.Task[Any] | None = None
@@ -133,7 +136,7 @@ class HeldLock:
 
     @property
     def valid(self) -> bool:
-        return self.mode >= 0 and not self._lost and self._space.backend.valid
+        return self.mode >= 0 and not self._lost and self._space.valid
 
     async def convert(
         self, mode: int, *, wait: bool = True, value: bytes | None = None, timeout: Seconds | None = None
@@ -148,7 +151,9 @@ class HeldLock:
             "convert", mode=mode, flags=flags, lock=self._handle, value=value, timeout_ns=_timeout_ns(timeout)
         )
         what = f"convert {self.resource!r} to {MODE_NAMES[mode]}"
+        self._space.unkeep(self)  # it was kept under its old mode
         self._take(await self._space.complete(request, what, self._handle), flags)
+        self._key = (self._key[0], self.mode)
 
     async def unlock(self, *, value: bytes | None = None) -> None:
         self._check()
@@ -171,11 +176,12 @@ class HeldLock:
             self.value_valid = completion.value_valid
 
     def _told(self, _handle: int, mode: int) -> None:
-        """Somebody wants `mode`."""
+        """Somebody wants `mode`: it is kept no longer."""
         if not self._in_use:
             self._space.give_back(self)
             return
-        self._blocked = max(self._blocked, mode)
+        self._keep = False
+        self._space.unkeep(self)
         if self._on_block is not None:
             self._on_block(mode)
 
@@ -184,68 +190,59 @@ class HeldLock:
 class PendingLock:
     """Implements `api.dlm.Pending`. Nothing is asked before it is awaited or entered."""
 
-    __slots__ = ("_flags", "_held", "_keep", "_mode", "_on_block", "_resource", "_space", "_timeout", "_used")
+    __slots__ = ("_flags", "_held", "_keep", "_key", "_on_block", "_space", "_timeout")
+
+    _held: HeldLock  # while the body runs
 
     def __init__(
         self,
         space: "LockSpace",
-        resource: bytes,
-        mode: int,
+        key: Key,
         flags: int,
         timeout: Seconds | None,
         keep: bool,
         on_block: Callable[[int], None] | None,
     ) -> None:
         self._space = space
-        self._resource = resource
-        self._mode = mode
+        self._key: Key | None = key  # None: used
         self._flags = flags
         self._timeout = timeout
         self._keep = keep
         self._on_block = on_block
-        self._held: HeldLock | None = None
-        self._used = False
 
     def __await__(self) -> Generator[Any, Any, HeldLock]:
         return self._acquire().__await__()
 
     async def _acquire(self) -> HeldLock:
         """A kept lock without a message, or one that is asked for."""
-        if self._used:
+        key, self._key = self._key, None
+        if key is None:
             raise ValueError("lock() was awaited already; call it again for another lock")
-        self._used = True
-        space = self._space
-        if self._keep and (kept := space.retake(self._resource, self._mode)) is not None:
-            kept._on_block = self._on_block
-            return kept
-        held = HeldLock(space, self._resource, self._keep, self._on_block)
-        await space.acquire(held, self._mode, self._flags, _timeout_ns(self._timeout))
+        held = self._space.retake(key, self._on_block) if self._keep else None
+        if held is None:
+            held = HeldLock(self._space, key, self._keep, self._on_block)
+            await self._space.acquire(held, key[1], self._flags, _timeout_ns(self._timeout))
         return held
 
     async def __aenter__(self) -> HeldLock:
-        # A kept lock is taken again here and not by `_acquire`: a coroutine and a call less is a fifth of its cost.
-        kept = None
-        if self._keep and not self._used:
-            kept = self._space.retake(self._resource, self._mode)
-        if kept is not None:
-            self._used = True
-            kept._on_block = self._on_block
-            held = kept
+        # A kept lock is taken again here and not by `_acquire`: a coroutine less is a tenth of its cost.
+        space, key = self._space, self._key
+        if self._keep and key is not None and (held := space.retake(key, self._on_block)) is not None:
+            self._key = None
         else:
             held = await self._acquire()
         self._held = held
-        held._task = current_task()
+        held._task = current_task(space.loop)
         return held
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         held = self._held
-        assert held is not None, "entered before left"
-        self._held = None
-        task = held._task
-        held._task = None
-        if held._lost:
+        task, held._task = held._task, None
+        if held._kept:
+            held._in_use = False
+        elif held._lost:
             await self._lost(held, task, error)
         elif held.mode >= 0:
             self._space.leave(held)
@@ -266,12 +263,13 @@ class LockSpace:
 
     def __init__(self, world: World, backend: Backend) -> None:
         self.backend: Final = backend
+        self.loop: Final = asyncio.get_running_loop()  # asked for once: each time costs a system call
         self.lost_reason = ""
         self._world = world
         self._now: Callable[[Request, Blocking | None], tuple[int, Completion] | None] | None
         self._now = getattr(backend, "submit_now", None)
         self._held: dict[int, HeldLock] = {}
-        self._kept: dict[tuple[bytes, int], HeldLock] = {}  # idle ones, longest idle first
+        self._kept: dict[Key, HeldLock] = {}  # in use or idle, longest kept first
         self._waiting: set[asyncio.Future[Completion]] = set()
         backend.lost.add_done_callback(self._lose)
 
@@ -290,21 +288,18 @@ class LockSpace:
         flags: int = 0,
         on_block: Callable[[int], None] | None = None,
     ) -> PendingLock:
-        if not 0 <= mode <= EX:
-            raise ValueError(f"{mode} is not a lock mode")
-        name = resource.encode() if isinstance(resource, str) else resource
-        if not 0 < len(name) <= NAME_MAX:
-            raise ValueError(f"a lock name is 1 to {NAME_MAX} bytes, not {len(name)}")
-        flags |= VALBLK if wait else VALBLK | NOQUEUE
-        return PendingLock(self, name, mode, flags, timeout, keep, on_block)
+        key = (resource, mode)
+        if key not in self._kept:
+            _check_key(resource, mode)
+        return PendingLock(self, key, flags if wait else flags | NOQUEUE, timeout, keep, on_block)
 
     def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
         return self.backend.submit(requests, completed, blocking)
 
     async def close(self) -> None:
         """Every lock of this lockspace is given back."""
-        self._kept.clear()
         for held in list(self._held.values()):
+            self.unkeep(held)
             held.mode = -1
         self._held.clear()
         await self.backend.close()
@@ -312,7 +307,7 @@ class LockSpace:
     # --- for HeldLock and PendingLock --------------------------------------------------------------------------------
 
     async def acquire(self, held: HeldLock, mode: int, flags: int, timeout_ns: int) -> None:
-        request = Request("lock", held.resource, mode, flags, timeout_ns=timeout_ns)
+        request = Request("lock", held.resource, mode, flags | VALBLK, timeout_ns=timeout_ns)
         if self._now is not None and (done := self._now(request, held._told)) is not None:
             held._handle, completion = done
         else:
@@ -356,36 +351,52 @@ class LockSpace:
             self.backend.forget(handle)
         raise failure(completion, what)
 
-    def leave(self, held: HeldLock) -> None:
-        """The body is over: keep the lock or give it back."""
-        kept = self._kept
-        if held._keep and not held._blocked and (key := (held.resource, held.mode)) not in kept:
-            held._in_use = False
-            kept[key] = held
-            if len(kept) > KEPT_MAX:
-                self.give_back(next(iter(kept.values())))
-        else:
-            self.give_back(held)
+    @property
+    def valid(self) -> bool:
+        """Whether held locks are guaranteed now: the lease runs."""
+        return self._world.now() < self.backend.lease_until()
 
-    def retake(self, resource: bytes, mode: int) -> HeldLock | None:
-        """A kept lock, while its guarantee holds."""
-        if not self._kept or not self.backend.valid:
+    def retake(self, key: Key, on_block: Callable[[int], None] | None) -> HeldLock | None:
+        """A kept lock that is idle, while its guarantee holds."""
+        held = self._kept.get(key)
+        if held is None or held._in_use or self._world.now() >= self.backend.lease_until():
             return None
-        held = self._kept.pop((resource, mode), None)
-        if held is not None:
-            held._in_use = True
+        held._in_use = True
+        held._on_block = on_block
         return held
+
+    def leave(self, held: HeldLock) -> None:
+        """The body is over for a lock that is not kept yet: keep it from now on, or give it back."""
+        kept = self._kept
+        if not held._keep or held._key in kept:
+            self.give_back(held)
+            return
+        held._in_use = False
+        held._kept = True
+        kept[held._key] = held
+        while len(kept) > KEPT_MAX:
+            oldest = next(iter(kept.values()))
+            if oldest._in_use:
+                self.unkeep(oldest)  # its body gives it back, or keeps it anew
+            else:
+                self.give_back(oldest)
+
+    def unkeep(self, held: HeldLock) -> None:
+        """Takes it out of the table; it stays held."""
+        if held._kept:
+            held._kept = False
+            del self._kept[held._key]
 
     def give_back(self, held: HeldLock) -> None:
         """Unlocks without waiting for the answer."""
         if held.mode < 0 or held._lost:
             return
-        self._kept.pop((held.resource, held.mode), None)
         held.mode = -1
         self.released(held)
         self._drop(held._handle)
 
     def released(self, held: HeldLock) -> None:
+        self.unkeep(held)
         self._held.pop(held._handle, None)
         self.backend.forget(held._handle)
 
@@ -402,7 +413,6 @@ class LockSpace:
 
     def _lose(self, lost: "asyncio.Future[str]") -> None:
         self.lost_reason = lost.result() or "the lockspace is lost"
-        self._kept.clear()
         for held in list(self._held.values()):
             self._lose_one(held)
         self._held.clear()
@@ -411,10 +421,19 @@ class LockSpace:
                 answer.set_exception(LockLost(self.lost_reason))
 
     def _lose_one(self, held: HeldLock) -> None:
+        self.unkeep(held)
         held._lost = True
         held.value_valid = False
         if held._task is not None:
             held._task.cancel("the lock is lost")
+
+
+def _check_key(resource: bytes | str, mode: int) -> None:
+    if not 0 <= mode <= EX:
+        raise ValueError(f"{mode} is not a lock mode")
+    length = len(resource.encode() if isinstance(resource, str) else resource)
+    if not 0 < length <= NAME_MAX:
+        raise ValueError(f"a lock name is 1 to {NAME_MAX} bytes, not {length}")
 
 
 def _timeout_ns(timeout: Seconds | None) -> int:

@@ -110,6 +110,7 @@ class NativeComm:
         self._timer: Timer | None = None
         self._timer_at = FOREVER
         self._acting = False
+        self._loop = asyncio.get_running_loop()
         self._scheduled = False
         self._loopback: list[tuple[int, int, bytes]] = []
         self._closed = False
@@ -304,7 +305,7 @@ class NativeComm:
         """Callbacks never run inside the caller's own call: the next loop turn acts, unless a drain is under way."""
         if not self._scheduled and not (self._acting and not self._loopback) and not self._closed:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._turn)
+            self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
         self._scheduled = False

@@ -58,6 +58,7 @@ class NativeLockspace:
         self.rejected = 0
         self._world = world
         self._participant = participant
+        self.lease_until: Final = participant.lease_until  # up to when held locks are guaranteed
         self._level = level
         self.engine: Final = LockspaceEngine(participant.me, name, value_size)
         self._driver: Driver[Any] = Driver(world, self.engine, self.group, transmit=self._transmit, emit=self._emitted)
@@ -119,18 +120,23 @@ class NativeLockspace:
             raise NotMember(self._lost_reason)
         self._feed(Submit(client, operations))
 
+    def complete_now(self, client: int, handle: int, request: Request) -> Completion | None:
+        """Completes within the call what concerns nobody else; None: nothing has happened, `submit` it."""
+        engine, driver = self.engine, self._driver
+        if driver.busy or self._lost_reason or engine.lease_until != self.lease_until():
+            return None
+        completion = engine.complete_now(self._world.now(), client, handle, request)
+        if completion is not None:
+            driver.arm()
+        return completion
+
     def client_gone(self, client: int) -> None:
         self._feed(ClientGone(client))
-
-    @property
-    def valid(self) -> bool:
-        """Whether held locks are still guaranteed: the lease runs."""
-        return self._participant.may_act()
 
     # -- inside
 
     def _feed(self, *events: Any) -> None:
-        until = self._participant.lease_until()
+        until = self.lease_until()
         if until != self.engine.lease_until:
             self._driver.feed(Lease(until), *events)
         else:
@@ -140,7 +146,7 @@ class NativeLockspace:
         """What was held back while the lease had lapsed leaves soon after it runs again, without another event."""
         if not self._open or self._lost_reason:
             return
-        if self.engine.lease_until != self._participant.lease_until():
+        if self.engine.lease_until != self.lease_until():
             self._feed()
         self._world.call_at(self._world.now() + self._participant.identity.detect_ns // 20, self._watch_lease)
 

@@ -7,6 +7,7 @@ import pytest
 from corral.api.dlm import CR, EX, NL, PR, Request
 from corral.base.errors import ClusterError, Deadlock, LockLost, TimedOut, WouldBlock
 from corral.base.time import SECOND
+from corral.providers import locks
 from corral.providers.local import LocalLocks
 from corral.sim.simulation import Simulation
 
@@ -116,6 +117,100 @@ def test_a_kept_lock_is_taken_again_with_its_token_until_somebody_else_wants_it(
             assert other.token > token
         async with space.lock("x", EX, keep=True) as held:
             assert held.token > token
+
+    locally(body)
+
+
+def test_a_kept_lock_is_not_taken_again_once_its_lease_has_lapsed():
+    async def body(manager, world):
+        space = await manager.lockspace("orders")
+        async with space.lock("x", PR, keep=True) as held:
+            token = held.token
+        space.backend.lease_until = lambda: world.now()
+        async with space.lock("x", PR, keep=True) as other:
+            assert other is not held
+            assert not other.valid
+        space.backend.lease_until = lambda: world.now() + 1
+        async with space.lock("x", PR, keep=True) as again:
+            assert (again is held, again.token, again.valid) == (True, token, True)
+
+    locally(body)
+
+
+def test_a_kept_lock_has_one_user_at_a_time():
+    async def body(manager, world):
+        space = await manager.lockspace("orders")
+        async with space.lock("x", PR, keep=True) as first:
+            pass
+        async with space.lock("x", PR, keep=True) as inner:
+            assert inner is first
+            async with space.lock("x", PR, keep=True) as other:
+                assert other is not first
+            assert (first.mode, other.mode) == (PR, -1)
+        async with space.lock("x", PR, keep=True) as held:
+            assert held is first
+
+    locally(body)
+
+
+def test_a_kept_lock_that_is_wanted_while_in_use_goes_when_its_body_ends():
+    async def body(manager, world):
+        space = await manager.lockspace("orders")
+        async with space.lock("x", EX, keep=True):
+            pass
+        async with space.lock("x", EX, keep=True) as held:
+            waiting = asyncio.ensure_future(space.lock("x", EX)._acquire())
+            await asyncio.sleep(1)
+            assert not waiting.done()
+            assert held.mode == EX
+        other = await waiting
+        assert (held.mode, other.mode) == (-1, EX)
+
+    locally(body)
+
+
+def test_a_kept_lock_that_was_converted_is_kept_in_its_new_mode():
+    async def body(manager, world):
+        space = await manager.lockspace("orders")
+        async with space.lock("x", EX, keep=True) as held:
+            pass
+        async with space.lock("x", EX, keep=True) as held:
+            await held.convert(PR)
+        async with space.lock("x", EX, keep=True) as other:
+            assert other is not held
+            assert held.mode == -1  # it was in the way
+        async with space.lock("y", EX, keep=True) as held:
+            await held.unlock()
+        async with space.lock("y", EX, keep=True) as other:
+            assert other is not held
+
+    locally(body)
+
+
+def test_kept_locks_are_bounded(monkeypatch):
+    monkeypatch.setattr(locks, "KEPT_MAX", 2)
+
+    async def body(manager, world):
+        space = await manager.lockspace("orders")
+        kept = []
+        for name in ("a", "b", "c", "d"):
+            async with space.lock(name, EX, keep=True) as held:
+                kept.append(held)
+        assert [held.mode for held in kept] == [-1, -1, EX, EX]
+
+    locally(body)
+
+
+def test_a_pending_lock_is_used_once():
+    async def body(manager, world):
+        space = await manager.lockspace("orders")
+        for keep in (True, False):
+            pending = space.lock("x", PR, keep=keep)
+            async with pending:
+                with pytest.raises(ValueError, match="awaited already"):
+                    await pending
+            with pytest.raises(ValueError, match="awaited already"):
+                await pending.__aenter__()
 
     locally(body)
 
