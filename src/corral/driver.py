@@ -48,7 +48,7 @@ class Driver(Generic[E]):
         self._encode = encode
         self._failed = failed
         self._inbox: list[Any] = []
-        self._busy = False
+        self.busy = False  # a step is being acted on: what is fed now waits behind it, and no fast path may overtake
         self._stopped = False
         self._timer: Timer | None = None
         self._timer_at: Instant = FOREVER
@@ -69,16 +69,11 @@ class Driver(Generic[E]):
     def feed(self, *events: E) -> None:
         """Steps the engine with these events, in order."""
         self._inbox.extend(events)
-        if not self._busy:
+        if not self.busy:
             self._run()
 
-    @property
-    def busy(self) -> bool:
-        """Whether a step is being acted on: what is fed now waits behind it, and a fast path must not overtake that."""
-        return self._busy
-
     def _run(self) -> None:
-        self._busy = True
+        self.busy = True
         step = self.engine.step
         try:
             while self._inbox and not self._stopped:
@@ -91,7 +86,7 @@ class Driver(Generic[E]):
                     step(now, event)
                 self._act(self.engine.ready())
         finally:
-            self._busy = False
+            self.busy = False
         self.arm()
 
     def _act(self, ready: Ready) -> None:

@@ -88,7 +88,10 @@ class Books:
 
 @final
 class SocketBackend:
-    """One lockspace over one connection to the lock service. Implements `ConnectionHandler`."""
+    """One lockspace over one connection to the lock service. Implements `ConnectionHandler`.
+
+    What is submitted in one loop turn leaves in one message.
+    """
 
     def __init__(self, world: World, socket: str, name: str, value_size: int, page: PageReader) -> None:
         self.name: Final = name
@@ -97,7 +100,9 @@ class SocketBackend:
         self.lease_until: Callable[[], Instant] = page.lease_until
         self._world = world
         self._socket = socket
+        self._loop = asyncio.get_running_loop()
         self._books = Books()
+        self._outgoing: list[tuple[int, int, Request]] = []
         self._connection: Connection | None = None
         self._opened: asyncio.Future[None] = world.future()
 
@@ -117,8 +122,9 @@ class SocketBackend:
         if self.lost.done() or self._connection is None:
             raise LockLost(self.lost.result() if self.lost.done() else "the lockspace is not open")
         handles, operations = self._books.enter(requests, completed, blocking)
-        for start in range(0, len(operations), BATCH):
-            self._connection.send([TO_LOCK_SERVICE.encode(SubmitBatch(1, operations[start : start + BATCH]))])
+        if not self._outgoing:
+            self._loop.call_soon(self._flush)
+        self._outgoing += operations
         return handles
 
     def forget(self, handle: int) -> None:
@@ -127,8 +133,19 @@ class SocketBackend:
 
     async def close(self) -> None:
         if self._connection is not None and not self.lost.done():
+            self._flush()
             self._connection.send([TO_LOCK_SERVICE.encode(CloseSpace(1))])
             self._end("the lockspace was closed")
+
+    def _flush(self) -> None:
+        operations, self._outgoing = self._outgoing, []
+        if operations and self._connection is not None:  # none: `close` was faster
+            self._connection.send(
+                [
+                    TO_LOCK_SERVICE.encode(SubmitBatch(1, operations[start : start + BATCH]))
+                    for start in range(0, len(operations), BATCH)
+                ]
+            )
 
     # -- ConnectionHandler
 

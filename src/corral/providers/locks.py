@@ -103,6 +103,7 @@ class HeldLock:
         "_kept",
         "_key",
         "_lost",
+        "_near",
         "_on_block",
         "_space",
         "_task",
@@ -127,6 +128,7 @@ class HeldLock:
         self._kept = False  # in the table of kept locks, in use or idle
         self._on_block = on_block
         self._in_use = True
+        self._near = False  # granted within the call, so mastered here: its end may be decided so too
         self._lost = False
         self._task: asyncio.Task[Any] | None = None
 
@@ -150,17 +152,16 @@ class HeldLock:
         request = Request(
             "convert", mode=mode, flags=flags, lock=self._handle, value=value, timeout_ns=_timeout_ns(timeout)
         )
-        what = f"convert {self.resource!r} to {MODE_NAMES[mode]}"
         self._space.unkeep(self)  # it was kept under its old mode
-        self._take(await self._space.complete(request, what, self._handle), flags)
+        self._take(await self._space.complete(request, self), flags)
         self._key = (self._key[0], self.mode)
 
     async def unlock(self, *, value: bytes | None = None) -> None:
         self._check()
-        handle, self.mode = self._handle, -1
+        self.mode = -1
         self._space.released(self)
         flags = VALBLK if value is not None else 0
-        await self._space.complete(Request("unlock", flags=flags, lock=handle, value=value), "unlock", handle)
+        await self._space.complete(Request("unlock", flags=flags, lock=self._handle, value=value), self)
 
     def _check(self) -> None:
         if self._lost:
@@ -310,19 +311,19 @@ class LockSpace:
         request = Request("lock", held.resource, mode, flags | VALBLK, timeout_ns=timeout_ns)
         if self._now is not None and (done := self._now(request, held._told)) is not None:
             held._handle, completion = done
+            held._near = True
         else:
-            what = f"lock {held.resource!r} {MODE_NAMES[mode]}"
-            completion = await self.complete(request, what, 0, held)
+            completion = await self.complete(request, held)
         held._take(completion, VALBLK)
         self._held[held._handle] = held
         if self.lost_reason:
             self._lose_one(held)
             held._check()
 
-    async def complete(self, request: Request, what: str, handle: int, held: HeldLock | None = None) -> Completion:
+    async def complete(self, request: Request, held: HeldLock) -> Completion:
         """Submits and waits. Raises what the status means."""
         if self.lost_reason:
-            raise LockLost(f"{what}: {self.lost_reason}")
+            raise LockLost(f"{_what(request, held)}: {self.lost_reason}")
         if self._now is not None and request.op != "lock" and (done := self._now(request, None)) is not None:
             return done[1]
         answer: asyncio.Future[Completion] = self._world.future()
@@ -331,9 +332,8 @@ class LockSpace:
             if not answer.done():
                 answer.set_result(completion)
 
-        (handle,) = self.backend.submit([request], completed, None if held is None else held._told)
-        if held is not None:
-            held._handle = handle
+        (handle,) = self.backend.submit([request], completed, held._told)
+        held._handle = handle
         self._waiting.add(answer)
         try:
             completion = await answer
@@ -349,7 +349,7 @@ class LockSpace:
             return completion
         if request.op == "lock":
             self.backend.forget(handle)
-        raise failure(completion, what)
+        raise failure(completion, _what(request, held))
 
     @property
     def valid(self) -> bool:
@@ -393,7 +393,7 @@ class LockSpace:
             return
         held.mode = -1
         self.released(held)
-        self._drop(held._handle)
+        self._drop(held._handle, near=held._near)
 
     def released(self, held: HeldLock) -> None:
         self.unkeep(held)
@@ -402,13 +402,13 @@ class LockSpace:
 
     # --- leaves ------------------------------------------------------------------------------------------------------
 
-    def _drop(self, handle: int) -> None:
+    def _drop(self, handle: int, *, near: bool = False) -> None:
         """Ends a lock in whatever state it is: held, asked for, or granted while nobody looked."""
         self.backend.forget(handle)
         if self.lost_reason:
             return
         request = Request("unlock", flags=FORCEUNLOCK, lock=handle)
-        if self._now is None or self._now(request, None) is None:
+        if not near or self._now is None or self._now(request, None) is None:
             self.backend.submit([request], _ignored)
 
     def _lose(self, lost: "asyncio.Future[str]") -> None:
@@ -426,6 +426,12 @@ class LockSpace:
         held.value_valid = False
         if held._task is not None:
             held._task.cancel("the lock is lost")
+
+
+def _what(request: Request, held: HeldLock) -> str:
+    """For errors: what was asked for."""
+    mode = "" if request.op == "unlock" else f" {'to ' if request.op == 'convert' else ''}{MODE_NAMES[request.mode]}"
+    return f"{request.op} {held.resource!r}{mode}"
 
 
 def _check_key(resource: bytes | str, mode: int) -> None:
