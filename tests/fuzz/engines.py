@@ -21,8 +21,9 @@ from corral.cman import lift_wire
 from corral.cman import wire as cman_wire
 from corral.cman.events import Accepted, Active, Attach, ConnectivityChanged, Row
 from corral.cman.heartbeat import HeartbeatEngine
-from corral.cman.lift import Fenced, LiftEngine, LocalDone, LocalJoin, LocalLeave, Promised, StartFence, StartGroup
-from corral.cman.lift import Installed as LiftInstalled
+from corral.cman.lift import LiftEngine
+from corral.cman.lift_events import Fenced, LocalDone, LocalJoin, LocalLeave, Promised, StartFence, StartGroup
+from corral.cman.lift_events import Installed as LiftInstalled
 from corral.cman.membership import MembershipEngine
 from corral.cman.state import State, recover
 from corral.cman.timing import Timing

@@ -8,7 +8,7 @@ import pytest
 from corral.base.time import SECOND
 from corral.base.world import Completed
 from corral.cman.heartbeat import HeartbeatEngine
-from corral.cman.lift import LocalGone
+from corral.cman.lift_events import LocalGone
 from corral.dlm.recovery import Recovery as LockRecovery
 from corral.gfs import recovery
 from corral.gfs.filesystem import GfsFilesystem

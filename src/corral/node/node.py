@@ -31,12 +31,12 @@ from corral.cman.events import (
     Outdated,
     Stop,
 )
-from corral.cman.lift import (
+from corral.cman.lift import LiftEngine
+from corral.cman.lift_events import (
     AttachmentChanged,
     EvictLocal,
     Fenced,
     FinishGroup,
-    LiftEngine,
     LiftEvent,
     LocalDone,
     Promised,
@@ -46,8 +46,8 @@ from corral.cman.lift import (
     StopAll,
     ViewActive,
 )
-from corral.cman.lift import Installed as LiftInstalled
-from corral.cman.lift import Left as LeftGroup
+from corral.cman.lift_events import Installed as LiftInstalled
+from corral.cman.lift_events import Left as LeftGroup
 from corral.cman.lift_wire import ATTACHMENT_CODEC, CODEC, STATE_CODEC, Attachment, LiftState
 from corral.cman.timing import Timing
 from corral.driver import Driver

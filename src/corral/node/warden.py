@@ -12,7 +12,7 @@ from corral.api.cman import Peer
 from corral.base.ids import MemberId, NodeIncarnation
 from corral.base.time import Instant, Nanoseconds
 from corral.base.world import Connection, ProcessId, World
-from corral.cman.lift import (
+from corral.cman.lift_events import (
     EvictLocal,
     FinishGroup,
     Left,

@@ -6,13 +6,13 @@ from corral.base.ids import MemberId, NodeIncarnation, ViewId
 from corral.base.time import SECOND
 from corral.base.view import Round, View
 from corral.base.world import ProcessId
-from corral.cman.lift import (
+from corral.cman.lift import LiftEngine
+from corral.cman.lift_events import (
     EvictLocal,
     Fenced,
     FinishGroup,
     Installed,
     Left,
-    LiftEngine,
     LocalDone,
     LocalGone,
     LocalJoin,
