@@ -15,11 +15,6 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 NAMED_FILE = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|md|txt|toml))`")
 
 LINES_MAX = 800
-LONGER = {
-    # path: (lines it may have, why it is one file)
-    "src/corral/cman/lift.py": (900, "one state machine; what is not its states is in groups, choice and lift_wire"),
-    "src/corral/cman/membership.py": (860, "the two roles of one agreement, which read each other's promises"),
-}
 LEFTOVERS = (
     (re.compile(r"\b(?:TODO|FIXME|XXX|HACK)\b"), "a leftover marker"),
     (re.compile(r"\bissue[ #]+\d", re.IGNORECASE), "the number of a ticket"),
@@ -94,8 +89,7 @@ TOP = {"src", "tests", "docs", "bench"} | {path.name for path in (ROOT / "src" /
 def test_a_source_file_is_one_idea() -> None:
     for path in SOURCES:
         lines = len(path.read_text().splitlines())
-        allowed, _reason = LONGER.get(name(path), (LINES_MAX, ""))
-        assert lines <= allowed, f"{name(path)} has {lines} lines, more than {allowed}: split it, or say why it is one"
+        assert lines <= LINES_MAX, f"{name(path)} has {lines} lines, more than {LINES_MAX}: split it"
 
 
 def test_no_leftovers() -> None:

@@ -1,7 +1,7 @@
 """Membership: who is in the next view, and the agreement on it. DESIGN 5, cman: Agreement, Who is in, Lost memory.
 
 One engine, two roles. As a *member* it promises, accepts and installs; as *coordinator*, which is the lowest id with a
-memory in the set it would propose, it runs attempts (`agreement.py`). Which set that is `choice.py` says from the
+memory in the set it would propose, it runs attempts (`agreement.py`). Which set that is `target.py` says from the
 matrix of links that the HeartbeatEngine reports.
 
 States of a node       in a view: `view` is set and not `stopped`
@@ -23,7 +23,7 @@ largest fully connected quorate set" is taken among sets that keep the most memb
 otherwise a newcomer with a bad link could displace a member.
 """
 
-from typing import Final, NamedTuple, final
+from typing import Final, final
 
 from corral.api.comm import PeerDown, PeerUp
 from corral.base.engine import Ready, Received, Tick
@@ -32,7 +32,6 @@ from corral.base.time import FOREVER, Instant
 from corral.base.view import View
 from corral.cman import agreement
 from corral.cman.agreement import Attempt
-from corral.cman.choice import best_set
 from corral.cman.events import (
     Accepted,
     Active,
@@ -54,6 +53,7 @@ from corral.cman.events import (
     Stop,
 )
 from corral.cman.state import State
+from corral.cman.target import Target, target_of
 from corral.cman.timing import Timing
 from corral.cman.wire import (
     ATTACHMENT_MAX,
@@ -105,14 +105,6 @@ MembershipEvent = (
     | Expel
     | Tick
 )
-
-NO_QUORUM: Final = 1 << 30  # a quorum nobody reaches: without a record there is none
-
-
-class Target(NamedTuple):
-    members: tuple[NodeIncarnation, ...]
-    coordinator: NodeId
-    quorate: bool
 
 
 @final
@@ -367,18 +359,9 @@ class MembershipEngine:
             return None
         rows = {node: row for node, row in self._rows.items() if node in mine.up and self._eligible(now, node, row)}
         rows[self.me.node] = Row(self.me.incarnation, mine.up, self.flags | (mine.flags & QUIET))
-        can_vote = agreement.voters({node: row.flags for node, row in rows.items()})
-        record = self._record
-        votes = {} if record is None else {node: count for node, count in record.voters if node in can_vote}
-        quorum = NO_QUORUM if record is None else record.quorum
         newest = self.newest
         kept = frozenset() if newest is None else frozenset(m.node for m in newest.members if self._linked(m))
-        nodes = best_set({node: row.up for node, row in rows.items()}, votes, quorum, kept)
-        remembering = [node for node in nodes if not rows[node].flags & FORGOTTEN]
-        if not remembering:
-            return None  # nobody there remembers the cluster
-        members = tuple(NodeIncarnation(node, rows[node].incarnation) for node in nodes)
-        return Target(members, remembering[0], sum(votes.get(node, 0) for node in nodes) >= quorum)
+        return target_of(rows, self._record, kept)
 
     def _needed(self, target: Target) -> bool:
         view = self.view
