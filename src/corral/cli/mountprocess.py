@@ -16,8 +16,6 @@ from corral.api.gfs import Filesystem, Notifier
 from corral.base.errors import ClusterError
 from corral.cli.localcluster import ask
 from corral.fuse.mounting import Mount, Options, mount
-from corral.gfs.replay import JournalDamaged
-from corral.gfs.superblock import Refused
 from corral.gfs.volume import Options as GfsOptions
 from corral.providers.endpoint import native_endpoint
 from corral.providers.native_gfs import NativeMount
@@ -45,7 +43,10 @@ async def serve(world: RealWorld, socket: str, participants: str, device: str, m
     native = NativeMount(world, participant, disk, GfsOptions(withdrawn=withdraw))
 
     async def make(notifier: Notifier) -> Filesystem:
-        return await native.open(notifier)
+        try:
+            return await native.open(notifier)
+        except ClusterError as error:
+            raise ClusterError(f"{device} cannot be mounted: {error}") from None
 
     mounted: Mount | None = None
     guardian = subprocess.Popen(  # noqa: ASYNC220 (nothing is served yet that it could hold up)
@@ -106,8 +107,6 @@ def main(socket: str, device: str, mountpoint: str) -> None:
 
     try:
         reason = run(body, state_directory="/nonexistent", credentials=credentials)
-    except (Refused, JournalDamaged) as error:
-        raise ClusterError(str(error)) from None
     except OSError as error:
         raise ClusterError(f"{device} cannot be mounted: {error.strerror or error}") from None
     except Stopped as error:

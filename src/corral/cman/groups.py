@@ -67,10 +67,14 @@ class Group(msgspec.Struct, frozen=True, array_like=True, gc=False):
             left=self.left,
         )
 
-    def with_member(self, member: MemberId, address: str, ticket: bytes, process: ProcessId) -> "Group | None":
-        """The group with this member added in the lowest free slot; None when every slot is taken."""
+    def free_slot(self) -> int | None:
+        """The lowest that neither a member has nor one that failed and is not recovered yet."""
         taken = {entry.slot for entry in self.members} | {entry.slot for entry in self.failed()}
-        slot = next((slot for slot in range(self.slots) if slot not in taken), None)
+        return next((slot for slot in range(self.slots) if slot not in taken), None)
+
+    def with_member(self, member: MemberId, address: str, ticket: bytes, process: ProcessId) -> "Group | None":
+        """The group with this member added in the lowest free slot; None when there is none."""
+        slot = self.free_slot()
         if slot is None:
             return None
         entry = Entry(member, slot, address, ticket, process)

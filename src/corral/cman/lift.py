@@ -77,6 +77,7 @@ from corral.wire.frame import GROUP_PORT_MIN
 HELD_MAX: Final = 1024  # messages kept of a view that is not installed here yet
 GROUPS_MAX: Final = 1024
 ROUND_END: Final = 1 << 32  # a round is the upper half of a lock's token
+SLOT_PATIENCE: Final = 4  # times `recover` that a join waits for the slot of a failed member
 
 
 @final
@@ -121,6 +122,7 @@ class LiftEngine:
         # What participants of this node want, until the table says so.
         self._joins: dict[tuple[MemberId, str], LocalJoin] = {}
         self._departs: dict[tuple[MemberId, str], bool] = {}  # -> clean; group "" means gone from all
+        self._slot_wanted: dict[tuple[MemberId, str], Instant] = {}  # joins that wait for a slot, since when
         self._local_waiting: dict[str, set[MemberId]] = {}
         self._done_round: dict[str, int] = {}
         # The coordinator's part. `_plan` is its own table, ahead of `groups`: with every change it has ordered, also
@@ -154,6 +156,14 @@ class LiftEngine:
     def waiting_for(self) -> dict[str, tuple[NodeId, ...]]:
         """On the coordinator: rounds under way and the nodes that have not reported Done."""
         return {name: tuple(sorted(run.waiting)) for name, run in sorted(self._running.items())}
+
+    def slots_wanted(self) -> dict[MemberId, str]:
+        """What participants of this node wait for that can only join when somebody who failed is recovered."""
+        found = {}
+        for member, name in sorted(self._slot_wanted):
+            failed = ", ".join(str(entry.member) for entry in self.groups[name].failed())
+            found[member] = f"a slot of {name}: free when what {failed} held is recovered"
+        return found
 
     def attachment(self) -> Attachment:
         return Attachment(
@@ -198,6 +208,8 @@ class LiftEngine:
             self._fenced(event.node)
         elif isinstance(event, Tick):
             self._judge_unreachable(now)
+        if self._joins or self._slot_wanted:
+            self._judge_joins(now)
 
     # -- views
 
@@ -373,9 +385,11 @@ class LiftEngine:
             return
         if group.members and group.slots != message.slots:
             group = replace(group, slots=max(group.slots, message.slots))
+        if group.free_slot() is None and group.failed():
+            return  # asked again when the round that recovers them has finished
         added = group.with_member(message.member, message.address, message.ticket, message.process)
         if added is None:
-            self._refuse(peer, message, f"all {group.slots} slots of {message.group} are taken; add a journal first")
+            self._refuse(peer, message, f"members have all {group.slots} slots of {message.group}; let one leave first")
             return
         self._change(added)
         self._advance()
@@ -417,6 +431,7 @@ class LiftEngine:
 
     def _arm(self) -> None:
         due = [since + self._recover_ns for key, since in self._unreachable.items() if self._mutual(key)]
+        due += [since + SLOT_PATIENCE * self._recover_ns for since in self._slot_wanted.values()]
         self.deadline = min(due, default=FOREVER)
 
     def _mutual(self, key: tuple[str, MemberId, MemberId]) -> bool:
@@ -459,10 +474,38 @@ class LiftEngine:
             return
         for (member, group), clean in sorted(self._departs.items()):
             self._tell_coordinator(Depart(self.view.id, group, member, clean))
+        self._ask_joins()
+
+    def _ask_joins(self, group: str = "") -> None:
+        """`group` empty: all."""
         for (member, name), join in sorted(self._joins.items()):
-            self._tell_coordinator(
-                Join(self.view.id, name, join.level, join.slots, member, join.address, join.ticket, join.process)
+            if not group or name == group:
+                view = self._view_id()
+                self._tell_coordinator(
+                    Join(view, name, join.level, join.slots, member, join.address, join.ticket, join.process)
+                )
+
+    def _judge_joins(self, now: Instant) -> None:
+        """Who waits for the slot of a failed member does so for a while: its recovery may need an operator."""
+        before = self._slot_wanted
+        self._slot_wanted = {}
+        for key in sorted(self._joins):
+            group = self.groups.get(key[1])
+            if group is None or group.free_slot() is not None or not group.failed():
+                continue
+            since = before.get(key, now)
+            if now - since < SLOT_PATIENCE * self._recover_ns:
+                self._slot_wanted[key] = since
+                continue
+            del self._joins[key]
+            failed = ", ".join(f"{entry.slot} of {entry.member}" for entry in group.failed())
+            reason = (
+                f"no slot of {group.name} is free and what has failed is still not recovered (slot {failed}); "
+                "see what its recovery waits for, then try again"
             )
+            self._ready.emit.append(Refused(*key, reason))
+        if self._slot_wanted or before:
+            self._arm()
 
     def _receive(self, now: Instant, peer: MemberId, message: LiftMessage) -> None:
         view = self.view
@@ -601,6 +644,7 @@ class LiftEngine:
             self.rounds.pop(message.group, None)
         self._ready.emit.append(FinishGroup(message.group, round))
         self._ready.emit.append(AttachmentChanged(self.attachment()))
+        self._ask_joins(message.group)  # slots may have come free
         self._advance_if_coordinating()
 
     def _finish_fence(self, round: Round) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 from corral.api.dlm import Completion, Lockspace
 from corral.base.time import FOREVER, Instant
 from corral.base.world import Timer, World
-from corral.gfs.glock import INVALIDATING, TRY, Glock, GlockTable, Holder
+from corral.gfs.glock import INVALIDATING, NOEXP, REQUEST, TRY, Glock, GlockTable, Holder
 
 Demote = Callable[[Glock, int], Coroutine[Any, Any, None]]
 
@@ -30,6 +30,7 @@ class Locks:
         "_timer",
         "stopped",
         "table",
+        "wanted",
         "world",
     )
 
@@ -37,6 +38,7 @@ class Locks:
         self.world: Final = world
         self.table: Final = GlockTable(local=lockspace is None, **settings)
         self.stopped = False  # withdrawn: nothing is asked for or given up any more
+        self.wanted: list[Glock] = []  # what holders that pass the gate wait for
         self._lockspace = lockspace
         self._demote = demote
         self._by_handle: dict[int, Glock] = {}
@@ -56,12 +58,17 @@ class Locks:
         holder = Holder(state, flags, self.world.future())
         table.enqueue(self.world.now(), glock, holder)
         self.pump()
+        if flags & NOEXP:
+            self.wanted.append(glock)
         try:
             await holder.future
         except BaseException:
             table.cancel(self.world.now(), glock, holder)
             self.pump()
             raise
+        finally:
+            if flags & NOEXP:
+                self.wanted.remove(glock)
         if holder.failed:
             if flags & TRY:
                 return False
@@ -114,6 +121,10 @@ class Locks:
     def open_gate(self) -> None:
         self.table.open_gate(self.world.now())
         self.pump()
+
+    def asked(self) -> Glock | None:
+        """A glock that recovery waits for and the lock manager has not granted yet; None when there is none."""
+        return next((glock for glock in self.wanted if glock.phase == REQUEST), None)
 
     # --- effects -----------------------------------------------------------------------------------------------------
 

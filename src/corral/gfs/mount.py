@@ -34,8 +34,27 @@ async def mount(
     cluster: str | None = None,
     guard: Guard | None = None,
 ) -> GfsFilesystem:
-    """`lockspace` None: no other node can mount this device while we do (lock_nolock). Raises Refused, JournalDamaged
-    or OSError, each with a sentence for the operator."""
+    """`attach` and `begin` in one."""
+    filesystem = await attach(
+        world, disk, lockspace, slot=slot, notifier=notifier, options=options, cluster=cluster, guard=guard
+    )
+    await begin(filesystem)
+    return filesystem
+
+
+async def attach(
+    world: World,
+    disk: Disk,
+    lockspace: Lockspace | None,
+    *,
+    slot: int,
+    notifier: Notifier | None = None,
+    options: Options | None = None,
+    cluster: str | None = None,
+    guard: Guard | None = None,
+) -> GfsFilesystem:
+    """The filesystem, of which nothing but the superblock has been read. `lockspace` None: no other node can mount this
+    device while we do (lock_nolock). Raises Refused or OSError, each with a sentence for the operator."""
     device = Device(world, disk, guard)
     superblock, _ = await read_superblock(device)
     if cluster is not None and superblock.cluster != cluster:
@@ -47,14 +66,19 @@ async def mount(
         raise Refused(f"slot {slot} has no journal, there are {superblock.journals}: add journals with jadd")
     filesystem = GfsFilesystem(world, device, superblock, lockspace, notifier, options or Options(), slot)
     filesystem.locks.table.close_gate()
+    return filesystem
+
+
+async def begin(filesystem: GfsFilesystem) -> None:
+    """This slot's journal replayed, its system files held, the gate still shut. Raises Refused, JournalDamaged or
+    OSError, each with a sentence for the operator."""
     try:
         await _begin(filesystem)
-    except BlockDamaged as error:
-        raise Refused(f"system files are damaged ({error}): run fsck") from None
-    except BaseException:
+    except BaseException as error:
         filesystem.locks.stop()
+        if isinstance(error, BlockDamaged):
+            raise Refused(f"system files are damaged ({error}): run fsck") from None
         raise
-    return filesystem
 
 
 async def _begin(filesystem: GfsFilesystem) -> None:

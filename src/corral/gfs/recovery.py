@@ -8,6 +8,7 @@ newer round goes on, and the newer round waits for it: its writes under way coul
 
 from typing import TYPE_CHECKING, Any
 
+from corral.base.errors import ClusterError
 from corral.base.view import Round
 from corral.gfs import format as fmt
 from corral.gfs.device import Device
@@ -40,19 +41,27 @@ class Recovery:
         self.replayed: list[int] = []  # slots, for status
         self.scan_wanted = False  # a journal was replayed, or nobody was here before: look for unlinked inodes
         self.failed: dict[int, str] = {}  # slots whose replay failed: the gate stays shut
+        self.replaying: int | None = None  # the slot whose journal is being replayed, or waited for
         self._under_way: dict[int, list[Any]] = {}  # slot -> futures of those who wait for its replay
 
     async def start(self, round: Round | None) -> None:
-        """`round` None: the only mount there is. Raises JournalDamaged when a journal cannot be replayed."""
+        """`round` None: the only mount there is. Raises JournalDamaged or BlockDamaged when a journal cannot be
+        replayed by anybody, OSError when not by this node now. May be called again."""
         identity = round.id if round is not None else 0
         self.started = -1
+        self.failed.clear()
         for slot in self._slots(round):
+            self.replaying = slot
             try:
                 await self._recover(slot)
-                self.failed.pop(slot, None)
             except (JournalDamaged, BlockDamaged) as error:
                 self.failed[slot] = str(error)
                 raise
+            except OSError as error:
+                self.failed[slot] = error.strerror or str(error)
+                raise
+            finally:
+                self.replaying = None
         self.started = identity
 
     def _slots(self, round: Round | None) -> list[int]:
@@ -94,7 +103,7 @@ class Recovery:
         failure: Exception | None = None
         try:
             await self._replay(slot)
-        except (JournalDamaged, BlockDamaged, OSError) as error:
+        except (JournalDamaged, BlockDamaged, OSError, ClusterError) as error:
             failure = error
         finally:
             self.filesystem.locks.drop(glock, EX)

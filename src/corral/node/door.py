@@ -30,6 +30,7 @@ from corral.providers.ipc_wire import (
     StartDone,
     ToCorrald,
     ViewNow,
+    Waits,
     Watch,
 )
 
@@ -151,6 +152,8 @@ class Caller:
             self._door.warden.start_done(self._local, message)
         elif isinstance(message, Reach):
             self._door.warden.reach(self._local, message)
+        elif isinstance(message, Waits):
+            self._door.warden.waits(self._local, message)
         elif isinstance(message, Register):
             self._register(self._local, message)
         else:

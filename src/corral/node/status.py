@@ -8,6 +8,7 @@ import msgspec
 from corral.api.cman import LEVEL_NAMES
 from corral.api.fence import HOW_NAMES, PROOF_NAMES, FenceStatus, NodeFenced
 from corral.base.errors import ClusterError
+from corral.node.warden import Local
 
 if TYPE_CHECKING:
     from corral.node.node import Node
@@ -85,10 +86,13 @@ class Answers:
         if node.lease_until() <= node.world.now():
             return "the lease: too few members have echoed this node's heartbeats"
         waiting = node.lift.waiting_for()
+        here = "; ".join(said for local in node.warden.locals.values() if (said := self._participant_waits(local)))
         for group in sorted(waiting):
             nodes = ", ".join(str(n) for n in waiting[group])
-            return f"{group} to recover on node {nodes}"
-        return ""
+            return f"{group} to recover on node {nodes}" + (
+                f" ({here})" if node.node in waiting[group] and here else ""
+            )
+        return here
 
     def _fence(self, _arguments: Arguments) -> Any:
         status: FenceStatus = self._node.fencing.status()
@@ -159,9 +163,14 @@ class Answers:
                 "purpose": local.purpose,
                 "groups": sorted(local.groups),
                 "dying": local.dying,
+                "waits_for": self._participant_waits(local),
             }
             for _, local in sorted(self._node.warden.locals.items())
         ]
+
+    def _participant_waits(self, local: Local) -> str:
+        """What holds this participant up; empty when nothing does."""
+        return local.waits_for() or self._node.lift.slots_wanted().get(local.member, "")
 
     def _history(self, arguments: Arguments) -> Any:
         since = arguments.get("since", 0)

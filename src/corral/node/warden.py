@@ -38,14 +38,31 @@ from corral.providers.ipc_wire import (
     StartDone,
     StartRound,
     StopGroups,
+    Waits,
 )
 from corral.providers.page import PageWriter
 
 PARTICIPANTS_MAX: Final = 48
+WAITS_MAX: Final = 300  # characters of what a start waits for
 
 
 class Log(Protocol):
     def __call__(self, sentence: str) -> None: ...
+
+
+@final
+class Starting:
+    """A start under way in a participant. `counted_from`: since when it waits for nothing but itself. `waits`: what it
+    says it waits for, for people."""
+
+    __slots__ = ("begun", "counted_from", "round_id", "told", "waits")
+
+    def __init__(self, round_id: int, now: Instant) -> None:
+        self.round_id = round_id
+        self.begun = now
+        self.counted_from = now
+        self.waits = ""
+        self.told = ""
 
 
 @final
@@ -72,13 +89,17 @@ class Local:
         self.purpose = purpose
         self.connection = connection
         self.groups: set[str] = set()
-        self.starting: dict[str, tuple[int, Instant]] = {}  # group -> (round, since)
+        self.starting: dict[str, Starting] = {}  # by group
         self.counter = 0
         self.counter_since = now
         self.dying = False
 
     def tell(self, message: FromCorrald) -> None:
         self.connection.send([FROM_CORRALD.encode(message)])
+
+    def waits_for(self) -> str:
+        """For status; empty when no start of it waits."""
+        return "; ".join(f"{group}: {start.waits}" for group, start in sorted(self.starting.items()) if start.waits)
 
 
 @final
@@ -140,10 +161,15 @@ class Warden:
             self._lift(LocalLeave(local.member, message.group))
 
     def start_done(self, local: Local, message: StartDone) -> None:
-        round_id, _ = local.starting.get(message.group, (0, 0))
-        if round_id == message.round:
+        start = local.starting.get(message.group)
+        if start is not None and start.round_id == message.round:
             del local.starting[message.group]
         self._lift(LocalDone(local.member, message.group, message.round))
+
+    def waits(self, local: Local, message: Waits) -> None:
+        start = local.starting.get(message.group)
+        if start is not None:
+            start.waits = "".join(c for c in message.what[:WAITS_MAX] if c.isprintable())
 
     def reach(self, local: Local, message: Reach) -> None:
         if message.group in local.groups:
@@ -165,7 +191,7 @@ class Warden:
             if stops:
                 local.tell(StopGroups(stops))
             if local.member in decision.local:
-                local.starting[decision.group.name] = (decision.round.id, self._world.now())
+                local.starting[decision.group.name] = Starting(decision.round.id, self._world.now())
                 local.tell(StartRound(decision.round, decision.group.number, peers))
         # A member of this incarnation that is no longer here was killed, and its departure is being ordered.
 
@@ -252,9 +278,17 @@ class Warden:
 
     def _look_at_starts(self, local: Local, now: Instant) -> None:
         blocked = self._page.blocked(local.member.serial)
-        for group, (round_id, since) in sorted(local.starting.items()):
+        for group, start in sorted(local.starting.items()):
             if blocked:
-                local.starting[group] = (round_id, now)  # its own time counts from when nobody holds it up
-            elif now - since > self._recover_ns:
-                self.evict(local, f"it did not finish round {round_id} of {group} in {self._recover_ns / 1e9:g} s")
+                start.counted_from = now  # its own time counts from when nobody holds it up
+                self._tell_long(local, group, start, now)
+            elif now - start.counted_from > self._recover_ns:
+                self.evict(
+                    local, f"it did not finish round {start.round_id} of {group} in {self._recover_ns / 1e9:g} s"
+                )
                 return
+
+    def _tell_long(self, local: Local, group: str, start: Starting, now: Instant) -> None:
+        if start.waits and start.waits != start.told and now - start.begun > self._recover_ns:
+            start.told = start.waits
+            self._log(f"participant {local.member} ({local.purpose}) waits to recover {group}: for {start.waits}")

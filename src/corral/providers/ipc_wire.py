@@ -65,8 +65,15 @@ class Watch(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=7):
     """From now on send `ViewNow` whenever it changes (and at once)."""
 
 
-ToCorrald = Attach | Register | Deregister | StartDone | Reach | Ask | Watch
-TO_CORRALD: Codec[ToCorrald] = Codec((Attach, Register, Deregister, StartDone, Reach, Ask, Watch))
+class Waits(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=8):
+    """What a start under way here waits for, for people; empty: nothing but its own work."""
+
+    group: str
+    what: str
+
+
+ToCorrald = Attach | Register | Deregister | StartDone | Reach | Ask | Watch | Waits
+TO_CORRALD: Codec[ToCorrald] = Codec((Attach, Register, Deregister, StartDone, Reach, Ask, Watch, Waits))
 
 
 # --- from corrald ----------------------------------------------------------------------------------------------------

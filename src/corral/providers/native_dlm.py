@@ -108,9 +108,8 @@ class NativeLockspace:
                 self.rejected += 1
         self._feed(*events)
 
-    def blocked_by(self) -> bool:
-        """Whether the recovery of this member waits for others (the warden asks before it evicts)."""
-        return self._done is not None and not self._done.done()
+    def blocked_by(self) -> str:
+        return "the locks of other members" if self._done is not None and not self._done.done() else ""
 
     # -- clients
 

@@ -12,7 +12,7 @@ offset  size meaning (little-endian u64 words)
 24      8    id of the newest round begun
 32      8    corrald's progress counter
 64 + 64 s    line of the participant with page slot s: +0 frozen (0 or 1), +8 progress, +16 serial,
-                  +24 blocked (1: a start of this participant waits for other members)
+                  +24 blocked (1: a start of this participant waits for others or advances, so it may last)
 ======= ==== =============================================================================================
 """
 
@@ -111,7 +111,7 @@ class PageReader:
         return 0
 
     def tick(self, *, blocked: bool) -> None:
-        """This participant's loop still turns; `blocked`: a start of it waits for other members."""
+        """This participant's loop still turns; `blocked`: a start of it may last (Service.blocked_by)."""
         if self._line is not None:
             self._words[self._line + 1] += 1
             self._words[self._line + 3] = int(blocked)

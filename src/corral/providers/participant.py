@@ -43,6 +43,7 @@ from corral.providers.ipc_wire import (
     StopGroups,
     ToCorrald,
     ViewNow,
+    Waits,
 )
 from corral.providers.page import PAGE_SIZE, PageReader
 
@@ -67,13 +68,22 @@ MakeEndpoint = Callable[[World, Attached, bytes], Endpoint]
 GATES_MAX: Final = 256  # ports for which frames are held before this process has heard of the group
 
 
+class StartFailed(ClusterError):
+    """A service cannot take part in its group here; the message says why and what to do."""
+
+
 class Service(Recoverable, Protocol):
-    """A service whose members speak to each other: it gets the messages of its current round, FIFO per peer."""
+    """A service whose members speak to each other: it gets the messages of its current round, FIFO per peer.
+
+    Its `start` may raise StartFailed. In the first round `register` then raises it, and the member stays one until it
+    leaves the group or its process ends, which counts as a failure. Later it is the end of this participant.
+    """
 
     def deliver(self, peer: MemberId, payloads: list[bytes]) -> None: ...
 
-    def blocked_by(self) -> bool:
-        """Whether a start under way here waits for other members: its length is then not this process's fault."""
+    def blocked_by(self) -> str:
+        """What a start under way here waits for, so that its length is not this process's fault: other members, the
+        operator, or work that advances. Empty: nothing of that kind."""
 
 
 @final
@@ -92,6 +102,7 @@ class _Membership:
         "service",
         "started",
         "task",
+        "told_waits",
     )
 
     def __init__(self, name: str, level: int, service: Service, joined: "asyncio.Future[None]") -> None:
@@ -106,6 +117,7 @@ class _Membership:
         self.task: asyncio.Task[None] | None = None
         self.started = False
         self.reported: set[MemberId] = set()
+        self.told_waits = ""
 
 
 @final
@@ -174,13 +186,22 @@ class Participant:
 
     def _tick(self) -> None:
         if self._page is not None and not self._closing and not self.lost.done():
-            starting = [group for group in self._groups.values() if group.task is not None and not group.started]
-            self._page.tick(blocked=any(self._blocked(group) for group in starting))
+            blocked = False
+            for name in sorted(self._groups):
+                group = self._groups[name]
+                waits = self._waits_for(group) if group.task is not None and not group.started else ""
+                blocked = blocked or bool(waits)
+                if waits != group.told_waits:
+                    group.told_waits = waits
+                    self._tell(Waits(name, waits))
+            self._page.tick(blocked=blocked)
             self._world.call_at(self._world.now() + self.identity.detect_ns // 4, self._tick)
 
-    def _blocked(self, group: _Membership) -> bool:
-        """Whether the start of this group waits for other members, so that its length is not this process's fault."""
-        return bool(set(group.peers) - self._sessions) or group.service.blocked_by()
+    def _waits_for(self, group: _Membership) -> str:
+        missing = sorted(set(group.peers) - self._sessions)
+        if missing:
+            return f"a connection to {', '.join(map(str, missing))}"
+        return group.service.blocked_by()
 
     # -- what services ask
 
@@ -206,6 +227,8 @@ class Participant:
         return self._world.now() < self.lease_until()
 
     async def register(self, group: str, level: int, service: Service, *, slots: int = 4096) -> None:
+        """Returns when this member's first round has finished. Raises ClusterError when it is refused, StartFailed when
+        the service could not start, NotMember when this process may not act any more."""
         if group in self._groups:
             raise ClusterError(f"this process is already in group {group}; leave it first")
         if self.lost.done():
@@ -216,8 +239,11 @@ class Participant:
         try:
             await joined
         except BaseException:
-            if self._groups.pop(group, None) is not None and not self.lost.done():
-                self._tell(Deregister(group))
+            # Once a round has begun here there may be something to recover: it stays a member until it leaves or ends.
+            if group in self._groups and self._groups[group].round is None:
+                del self._groups[group]
+                if not self.lost.done():
+                    self._tell(Deregister(group))
             raise
 
     async def leave(self, group: str) -> None:
@@ -337,7 +363,14 @@ class Participant:
 
     async def _run(self, group: _Membership, round: Round) -> None:
         await self._wait_sessions(group)
-        await group.service.start(round)
+        try:
+            await group.service.start(round)
+        except StartFailed as error:
+            if not group.joined.done():
+                group.joined.set_exception(error)
+            elif group.joined.exception() is None:
+                self._lose(str(error))
+            return
         group.started = True
         self._tell(StartDone(group.name, round.id))
 

@@ -3,7 +3,7 @@
 from corral.api.cman import FENCE_GROUP
 from corral.base.engine import TICK, Received
 from corral.base.ids import MemberId, NodeIncarnation, ViewId
-from corral.base.time import SECOND
+from corral.base.time import FOREVER, SECOND
 from corral.base.view import Round, View
 from corral.base.world import ProcessId
 from corral.cman.lift import LiftEngine
@@ -303,16 +303,59 @@ def test_a_clean_leave_is_not_a_failure_and_frees_the_slot() -> None:
     assert "1 start dlm:home {1.2@0,2.1@1} failed []" in cluster.told()
 
 
-def test_a_slot_is_given_out_again_only_when_its_failure_is_recovered() -> None:
-    cluster = active(1, 2)
+def full(cluster: Cluster) -> MemberId:
+    """Both slots of gfs:home taken, one by a member that failed and whose recovery is held up. Its node asks again."""
     gone = cluster.join(1, "gfs:home", 2, slots=2)
     cluster.join(2, "gfs:home", 2, slots=2)
     cluster.held.add("gfs:home")
     cluster.step(1, LocalGone(gone))
     cluster.settle()
     cluster.told()
+    return cluster.join(1, "gfs:home", 2, serial=2, slots=2)
+
+
+def test_a_slot_is_given_out_again_only_when_its_failure_is_recovered() -> None:
+    cluster = active(1, 2)
+    waiting = full(cluster)
+    assert cluster.told() == []
+    assert cluster.lifts[1].slots_wanted() == {waiting: "a slot of gfs:home: free when what 1.1 held is recovered"}
+    cluster.release("gfs:home")
+    assert "1 start gfs:home {1.2@0,2.1@1} failed []" in cluster.told()
+    assert cluster.lifts[1].slots_wanted() == {}
+    assert cluster.lifts[1].deadline == FOREVER
+
+
+def test_a_join_does_not_wait_for_a_recovered_slot_for_ever() -> None:
+    cluster = active(1, 2)
+    full(cluster)
+    cluster.now = cluster.lifts[1].deadline
+    assert RECOVER < cluster.now < 10 * RECOVER
+    cluster.step(1, TICK)
+    (told,) = cluster.told()
+    assert told.startswith("1 refused no slot of gfs:home is free and what has failed is still not recovered")
+    assert cluster.lifts[1].deadline == FOREVER
+    cluster.release("gfs:home")
+    assert not any("1.2@" in line for line in cluster.told())
+
+
+def test_what_waits_for_a_slot_goes_on_waiting_in_the_next_view() -> None:
+    cluster = active(1, 2)
+    full(cluster)
+    deadline = cluster.lifts[1].deadline
+    cluster.install(1, 2)
+    assert cluster.lifts[1].deadline == deadline
+    cluster.settle()
+    cluster.release("gfs:home")
+    assert "1 start gfs:home {1.2@0,2.1@1} failed []" in cluster.told()
+
+
+def test_a_group_whose_slots_all_have_living_members_refuses_at_once() -> None:
+    cluster = active(1, 2)
+    cluster.join(1, "gfs:home", 2, slots=2)
+    cluster.join(2, "gfs:home", 2, slots=2)
+    cluster.told()
     cluster.join(1, "gfs:home", 2, serial=2, slots=2)
-    assert "1 refused all 2 slots of gfs:home are taken; add a journal first" in cluster.told()
+    assert cluster.told() == ["1 refused members have all 2 slots of gfs:home; let one leave first"]
 
 
 def test_a_joiner_that_dies_before_its_first_round_finished_has_failed_too() -> None:
