@@ -143,6 +143,11 @@ class LiftEngine:
         return self.view is not None and self.view.quorate and self.view.id.coordinator == self.me.node
 
     @property
+    def _ordering(self) -> bool:
+        """FENCE has finished: what a coordinator orders now, everybody hears after that, itself too."""
+        return self.coordinating and FENCE_GROUP in self._finished
+
+    @property
     def state(self) -> LiftState:
         return self._state
 
@@ -330,9 +335,6 @@ class LiftEngine:
 
     def _advance(self) -> None:
         """Begins every round whose turn it is."""
-        assert self.view is not None
-        if not self.coordinating or not self.active:
-            return
         for name in sorted(self._plan, key=lambda n: (self._plan[n].level, n)):
             group = self._plan[name]
             if name in self._running or name in self._finished:
@@ -346,7 +348,7 @@ class LiftEngine:
 
     def _begin(self, group: Group) -> None:
         assert self.view is not None
-        assert self.active, "LIFT-4"
+        assert self._ordering, "LIFT-4"
         assert all(below.name in self._finished for below in _stack_below(self._plan, group)), "LIFT-5"
         round = group.round(self._next_round())
         self._sequence += 1
@@ -362,15 +364,19 @@ class LiftEngine:
             return
         del self._running[message.group]
         self._finished[message.group] = message.round
-        if message.group in self._plan:
+        self._broadcast(Finish(self._view_id(), message.round, message.group))
+        if message.group == FENCE_GROUP:
+            assert self.view is not None
+            here = frozenset(self.view.members)
+            for name in sorted(self.groups):
+                self._change(self.groups[name].of_nodes(here))
+        else:
             self._plan[message.group] = self._plan[message.group].finished(run.round)
             if not self._plan[message.group].members:
                 del self._plan[message.group]
-        self._broadcast(Finish(self._view_id(), message.round, message.group))
+        self._advance()
 
     def _join(self, peer: MemberId, message: Join) -> None:
-        if not self.active:
-            return  # asked again when the view is active
         group = self._plan.get(message.group)
         if group is None:
             if len(self._plan) >= GROUPS_MAX:
@@ -398,8 +404,6 @@ class LiftEngine:
         self._ready.then_send.append((peer, Refuse(self._view_id(), message.group, message.member, reason)))
 
     def _depart(self, peer: MemberId, message: Depart) -> None:
-        if not self.active:
-            return
         leaving = [group for group in _groups_of(self._plan, message.member) if message.group in ("", group.name)]
         for group in leaving:
             self._change(group.without(frozenset((message.member,)), clean=message.clean))
@@ -413,7 +417,7 @@ class LiftEngine:
 
     def _reach(self, now: Instant, message: Unreachable) -> None:
         group = self._plan.get(message.group)
-        if not self.active or group is None:
+        if group is None:
             return
         if group.entry(message.member) is None or group.entry(message.peer) is None:
             return
@@ -539,6 +543,8 @@ class LiftEngine:
             self._count(peer, message)
         elif message.member.node != peer.node or message.member.incarnation != peer.incarnation:
             self.dropped += 1  # nobody speaks for another node's participants
+        elif not self._ordering:
+            self.dropped += 1  # nothing is asked before the view is active
         elif isinstance(message, Join):
             self._join(peer, message)
         elif isinstance(message, Depart):
@@ -645,7 +651,6 @@ class LiftEngine:
         self._ready.emit.append(FinishGroup(message.group, round))
         self._ready.emit.append(AttachmentChanged(self.attachment()))
         self._ask_joins(message.group)  # slots may have come free
-        self._advance_if_coordinating()
 
     def _finish_fence(self, round: Round) -> None:
         assert self.view is not None
@@ -655,16 +660,7 @@ class LiftEngine:
         identities = _keep_identities(list(self._state.identities), self._members_since)
         self._save(replace(self._state, fenced=(), identities=identities))
         self._ready.emit.append(ViewActive(view))
-        if self.coordinating:
-            here = frozenset(view.members)
-            for name in sorted(self.groups):
-                self._change(self.groups[name].of_nodes(here))
         self._ask()
-        self._advance_if_coordinating()
-
-    def _advance_if_coordinating(self) -> None:
-        if self.coordinating:
-            self._advance()
 
 
 def _groups_of(table: dict[str, Group], member: MemberId) -> list[Group]:

@@ -481,3 +481,19 @@ def test_a_departure_told_twice_is_answered_by_its_round() -> None:
     assert not [line for line in cluster.told() if "left" in line]
     cluster.release("dlm:home")
     assert "2 left gfs:home" in cluster.told()
+
+
+def test_what_is_asked_before_the_coordinator_hears_itself_is_not_lost() -> None:
+    cluster = Cluster(1, 2)
+    cluster.late.add((1, 1))
+    cluster.install(1, 2)
+    cluster.settle()
+    cluster.deliver(1, 1, 1)  # its Begin of FENCE, not yet the Finish
+    cluster.settle()
+    cluster.deliver(1, 1, 1)  # its Done
+    cluster.settle()
+    assert [line for line in cluster.told() if "active" in line] == ["2 active"]
+    cluster.join(2, "dlm:home", 1)
+    cluster.late.clear()
+    cluster.settle()
+    assert "2 start dlm:home {2.1@0} failed []" in cluster.told()
