@@ -20,6 +20,7 @@ from corral.base.world import ProcessId
 from corral.cman import lift_wire
 from corral.cman import wire as cman_wire
 from corral.cman.events import Accepted, Active, Attach, ConnectivityChanged, Row
+from corral.cman.events import Stop as MembershipStop
 from corral.cman.heartbeat import HeartbeatEngine
 from corral.cman.lift import LiftEngine
 from corral.cman.lift_events import Fenced, LocalDone, LocalJoin, LocalLeave, Promised, StartFence, StartGroup
@@ -308,7 +309,6 @@ def membership_case(random: Random) -> int:
     now = SECOND
     me = NodeIncarnation(ME.node, ME.incarnation)
     engine = MembershipEngine(me, NODES, TIMING, fresh_state(), now)
-    engine.step(now, Attach(b"mine"))
     session = 0
     for peer in PEERS:
         session += 1
@@ -336,6 +336,9 @@ def membership_case(random: Random) -> int:
             cman_wire.MESSAGES.decode(cman_wire.MESSAGES.encode(message))
         for record in ready.persist:
             cman_wire.RECORDS.decode(cman_wire.RECORDS.encode(record))
+        for decision in ready.emit:
+            if isinstance(decision, MembershipStop):
+                engine.step(now, Attach(decision.id, b"mine"))
         engine.waiting()
     return engine.dropped
 
@@ -372,7 +375,7 @@ def lift_case(random: Random) -> int:
             coordinator = random.choice((1, 2))
             view = View(ViewId(epoch, coordinator), LIVES, True)
             attachments = {**others, me: engine.attachment()}
-            events = [Promised(), LiftInstalled(view, attachments, (), first=epoch == 1)]
+            events = [Promised(view.id), LiftInstalled(view, attachments, (), first=epoch == 1)]
         elif kind < 0.25 and doing:
             events = [doing.pop()]
         elif kind < 0.45 and honest:

@@ -137,7 +137,6 @@ class Node:
             quiet=quiet,
             flags=self.member.flags,
         )
-        self.feed_member(Attach(f"{self.node}.{self.incarnation}".encode()))
         self.feed_beat(TICK)
         for other in cluster.nodes.values():
             if other.running and other is not self:
@@ -245,6 +244,8 @@ class Node:
         cluster = self.cluster
         if isinstance(event, Stop):
             self.active = None
+            answer = Attach(event.id, f"{self.node}.{self.incarnation}".encode())
+            cluster.later(cluster.rng.randint(0, 2 * MILLISECOND), self.feed_member, answer, node=self)
         elif isinstance(event, Accepted):
             cluster.check_accepted(self, event.view)
             self.feed_beat(event)

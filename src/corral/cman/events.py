@@ -68,8 +68,10 @@ class FlagsChanged(NamedTuple):
 
 
 class Attach(NamedTuple):
-    """What this node's next promises bring along, opaque to cman's agreement."""
+    """The answer to Stop: everything of the view before has stopped, and this is what the promise `id` brings along,
+    opaque to cman's agreement. The promise leaves now."""
 
+    id: ViewId
     data: bytes
 
 
@@ -106,7 +108,7 @@ class Expel(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """A promise was given: everything stops at once. `id` is the promise; only Installed ends it."""
+    """A promise is durable: everything stops at once, and Attach answers. Only Installed ends it."""
 
     id: ViewId
 

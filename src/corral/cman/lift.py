@@ -20,7 +20,8 @@ Invariants
   LIFT-4  no group above FENCE starts in a view that is not active
   LIFT-5  a group starts only when every group below it in its stack has finished its newest round
   LIFT-6  a Finish is emitted only for the newest round begun here
-  LIFT-7  after a promise nothing of the view before is taken in: what a member attached to its promise stays true
+  LIFT-7  a promise leaves when everything has stopped, and after that nothing of the view before is taken in: what a
+          member attached to it stays true
   LIFT-8  a member that departed in a round of a group is in no later round of that group
 
 The model is CMAN 2004 (`cman-kernel/src/sm_*.c`); deviations: the coordinator counts instead of two-phase barriers (its
@@ -39,7 +40,6 @@ from corral.base.view import Round, Slotted, View
 from corral.base.world import ProcessId
 from corral.cman.groups import Group, free_number
 from corral.cman.lift_events import (
-    AttachmentChanged,
     EvictLocal,
     Fenced,
     FinishGroup,
@@ -56,6 +56,7 @@ from corral.cman.lift_events import (
     StartFence,
     StartGroup,
     StopAll,
+    Stopped,
     ViewActive,
 )
 from corral.cman.lift_wire import (
@@ -192,6 +193,7 @@ class LiftEngine:
         elif isinstance(event, Promised):
             self._promised = True
             self._stop()
+            self._ready.emit.append(Stopped(event.id, self.attachment()))
         elif isinstance(event, Installed):
             self._install(now, event)
         elif isinstance(event, LocalDone):
@@ -288,7 +290,6 @@ class LiftEngine:
         if state != self._state:
             self._state = state
             self._ready.persist.append(state)
-        self._ready.emit.append(AttachmentChanged(self.attachment()))
 
     def _fenced(self, node: NodeIncarnation) -> None:
         state = self._state
@@ -649,7 +650,6 @@ class LiftEngine:
             del self.groups[message.group]
             self.rounds.pop(message.group, None)
         self._ready.emit.append(FinishGroup(message.group, round))
-        self._ready.emit.append(AttachmentChanged(self.attachment()))
         self._ask_joins(message.group)  # slots may have come free
 
     def _finish_fence(self, round: Round) -> None:

@@ -3,7 +3,7 @@
 from typing import final
 
 from corral.base.engine import Received, Tick
-from corral.base.ids import MemberId, NodeId, NodeIncarnation
+from corral.base.ids import MemberId, NodeId, NodeIncarnation, ViewId
 from corral.base.view import Round, View
 from corral.base.world import ProcessId
 from corral.cman.groups import Group
@@ -14,9 +14,12 @@ from corral.cman.lift_wire import Attachment, LiftMessage
 
 @final
 class Promised:
-    """This node promised a proposal: stop everything."""
+    """This node promised a proposal: stop everything, and say with which table (Stopped)."""
 
-    __slots__ = ()
+    __slots__ = ("id",)
+
+    def __init__(self, id: ViewId) -> None:
+        self.id = id
 
 
 @final
@@ -219,8 +222,11 @@ class EvictLocal:
 
 
 @final
-class AttachmentChanged:
-    __slots__ = ("attachment",)
+class Stopped:
+    """The answer to Promised: what this node attaches to that promise. Until a view is installed nothing changes it."""
 
-    def __init__(self, attachment: Attachment) -> None:
+    __slots__ = ("attachment", "id")
+
+    def __init__(self, id: ViewId, attachment: Attachment) -> None:
+        self.id = id
         self.attachment = attachment

@@ -187,8 +187,7 @@ class MembershipEngine:
         elif isinstance(event, PeerDown):
             self._peer_down(now, event)
         elif isinstance(event, Attach):
-            assert len(event.data) <= ATTACHMENT_MAX
-            self._attachment = event.data
+            self._attached(now, event)
         elif isinstance(event, Active):
             if event.id > self.state.active:
                 self._persist(ActiveView(event.id))
@@ -440,12 +439,9 @@ class MembershipEngine:
         attempt.due = now + self.timing.phase_ns
         self._attempt = attempt
         self._promise(attempt.id)
-        attempt.promises[self.me.node] = self._own_promise(epoch)
         for member in members:
             if member != self.me:
                 self._tell(member.node, Prepare(epoch, members))
-        if not attempt.missing():
-            self._propose(now, attempt)
 
     def _promised(self, now: Instant, peer: MemberId, promise: Promise) -> None:
         attempt = self._attempt
@@ -538,19 +534,26 @@ class MembershipEngine:
         self.stopped = True
         self._out.emit.append(Stop(view_id))
 
+    def _attached(self, now: Instant, event: Attach) -> None:
+        """What stopped is attached, and only then the promise leaves: nothing of the view before goes on after it."""
+        assert len(event.data) <= ATTACHMENT_MAX
+        if event.id != self.state.promised or not self._willing():
+            return  # a newer promise stops it once more
+        self._attachment = event.data
+        promise = self._own_promise(event.id.epoch)
+        attempt = self._attempt
+        if event.id.coordinator != self.me.node:
+            self._tell(event.id.coordinator, promise)
+        elif attempt is not None and attempt.id == event.id:
+            attempt.promises[self.me.node] = promise
+            if not attempt.missing():
+                self._propose(now, attempt)
+
     def _own_promise(self, epoch: int) -> Promise:
         state = self.state
         flags = self.flags | (QUIET if self._quiet() else 0)
-        return Promise(
-            epoch,
-            tuple(state.accepted),
-            state.left,
-            state.installed,
-            state.active,
-            state.record,
-            flags,
-            self._attachment,
-        )
+        known = (tuple(state.accepted), state.left, state.installed, state.active, state.record)
+        return Promise(epoch, *known, flags, self._attachment)
 
     def _prepared(self, now: Instant, peer: MemberId, prepare: Prepare) -> None:
         members = prepare.members
@@ -571,7 +574,6 @@ class MembershipEngine:
         self._attempt = None  # the lower id goes first
         self._progress_at = now
         self._promise(ViewId(prepare.epoch, peer.node))
-        self._tell(peer.node, self._own_promise(prepare.epoch))
 
     def _refusal(self, prepare: Prepare, proposer: NodeIncarnation) -> int:
         if not self._willing():
@@ -786,6 +788,8 @@ class MembershipEngine:
         attempt = self._attempt
         if attempt is not None and now >= attempt.due:
             for node in attempt.missing():
+                if node == self.me.node:
+                    continue  # our own disk is slow
                 self._misses[node] = self._misses.get(node, 0) + 1
                 if self._misses[node] >= 2:
                     del self._misses[node]

@@ -120,8 +120,8 @@ class Agreement:
 
     # -- what the node says
 
-    def attach(self, data: bytes) -> None:
-        self._agreeing.feed(Attach(data))
+    def attach(self, event: Attach) -> None:
+        self._agreeing.feed(event)
 
     def active(self, event: Active) -> None:
         self._agreeing.feed(event)

@@ -22,6 +22,7 @@ from corral.base.view import View
 from corral.base.world import Listener, ProcessId, Store, StoreDamaged, World
 from corral.cman.events import (
     Active,
+    Attach,
     CleanlyStopped,
     Excluded,
     Installed,
@@ -33,7 +34,6 @@ from corral.cman.events import (
 )
 from corral.cman.lift import LiftEngine
 from corral.cman.lift_events import (
-    AttachmentChanged,
     EvictLocal,
     Fenced,
     FinishGroup,
@@ -44,6 +44,7 @@ from corral.cman.lift_events import (
     StartFence,
     StartGroup,
     StopAll,
+    Stopped,
     ViewActive,
 )
 from corral.cman.lift_events import Installed as LiftInstalled
@@ -213,7 +214,6 @@ class Node:
             Answers(self),
             lambda sentence: self.chronicle.note("participant", sentence),
         )
-        self.agreement.attach(ATTACHMENT_CODEC.encode(self.lift.attachment()))
         self.comm.listen(PORT_LIFT, self._lift_messages)
         self.comm.listen(PORT_FENCE, self.fencing.deliver)
         self.agreement.start()
@@ -318,7 +318,7 @@ class Node:
             self.chronicle.note("lease", "the lease has lapsed: services of this node are suspended")
         elif isinstance(event, Stop):
             self.active = False
-            self._lift_driver.feed(Promised())
+            self._lift_driver.feed(Promised(event.id))
             self.fencing.stop()
         elif isinstance(event, Installed):
             self._installed(event)
@@ -372,8 +372,8 @@ class Node:
             self._lift_driver.feed(Received(peer, message))
 
     def _lifted(self, event: object) -> None:
-        if isinstance(event, AttachmentChanged):
-            self.agreement.attach(ATTACHMENT_CODEC.encode(event.attachment))
+        if isinstance(event, Stopped):
+            self.agreement.attach(Attach(event.id, ATTACHMENT_CODEC.encode(event.attachment)))
         elif isinstance(event, StopAll):
             self.warden.stop_all()
         elif isinstance(event, StartFence):

@@ -9,7 +9,7 @@ from corral.api.comm import PeerDown, PeerUp
 from corral.base.engine import TICK, Received
 from corral.base.ids import MemberId, NodeId, NodeIncarnation
 from corral.base.time import SECOND
-from corral.cman.events import Attach, ConnectivityChanged, FlagsChanged, Installed, Row
+from corral.cman.events import Attach, ConnectivityChanged, FlagsChanged, Installed, Row, Stop
 from corral.cman.membership import MembershipEngine
 from corral.cman.quorum import first_record
 from corral.cman.state import first_state, recover
@@ -54,7 +54,7 @@ class Bench:
             engine = MembershipEngine(NodeIncarnation(node, incarnation), self.nodes, TIMING, recover(log), self.now)
             self.engines[node] = engine
             self.flags[node] = engine.flags
-            self.step(node, Attach(f"of {node}".encode()))
+            self.act(node)
 
     def kill(self, node: NodeId) -> None:
         del self.engines[node]
@@ -78,6 +78,8 @@ class Bench:
             if isinstance(event, FlagsChanged):
                 self.flags[node] = event.flags
                 self.tell_links()
+            elif isinstance(event, Stop):
+                self.step(node, Attach(event.id, f"of {node}".encode()))
 
     def sleep(self, span: int = TIMING.detect_ns) -> None:
         end = self.now + span

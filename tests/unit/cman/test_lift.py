@@ -23,9 +23,10 @@ from corral.cman.lift_events import (
     StartFence,
     StartGroup,
     StopAll,
+    Stopped,
     ViewActive,
 )
-from corral.cman.lift_wire import Begin, LiftState
+from corral.cman.lift_wire import Attachment, Begin, LiftState
 
 RECOVER = 2 * SECOND
 
@@ -44,6 +45,7 @@ class Cluster:
         self.held: set[str] = set()
         self.late: set[tuple[int, int]] = set()  # channels that deliver only by hand
         self.rounds: dict[tuple[int, str], object] = {}
+        self.attached: dict[NodeIncarnation, Attachment] = {}
         self.waiting: list[tuple[int, LocalDone]] = []
 
     def boot(self, node: int, incarnation: int, state: LiftState | None = None) -> LiftEngine:
@@ -55,9 +57,10 @@ class Cluster:
         self.epoch += 1
         members = tuple(self.lifts[node].me for node in sorted(nodes))
         view = View(ViewId(self.epoch, coordinator or min(nodes)), members, quorate)
-        attachments = {self.lifts[node].me: self.lifts[node].attachment() for node in nodes}
+        self.attached.clear()
         for node in nodes:
-            self.step(node, Promised())
+            self.step(node, Promised(view.id))
+        attachments = dict(self.attached)
         for node in nodes:
             self.step(node, Installed(view, attachments, tuple(self.accepted), first=not self.accepted))
         if quorate:
@@ -75,6 +78,8 @@ class Cluster:
     def act(self, node: int, decision: object) -> None:
         if isinstance(decision, StopAll):
             self.story.append(f"{node} stop")
+        elif isinstance(decision, Stopped):
+            self.attached[self.lifts[node].me] = decision.attachment
         elif isinstance(decision, StartFence):
             failed = ",".join(str(entry.member.node) for entry in decision.round.failed)
             self.story.append(f"{node} fence [{failed}]" + (" startup" if decision.startup else ""))
@@ -245,7 +250,7 @@ def test_after_a_promise_the_view_before_goes_no_further() -> None:
     cluster.install(1, 2)
     cluster.settle()
     cluster.told()
-    cluster.step(2, Promised())
+    cluster.step(2, Promised(ViewId(2, 1)))
     cluster.release(FENCE_GROUP)
     assert "2 active" not in cluster.told()
     cluster.join(1, "dlm:home", 1)
@@ -497,3 +502,20 @@ def test_what_is_asked_before_the_coordinator_hears_itself_is_not_lost() -> None
     cluster.late.clear()
     cluster.settle()
     assert "2 start dlm:home {2.1@0} failed []" in cluster.told()
+
+
+def test_what_started_is_attached_though_the_disk_is_slow() -> None:
+    lift = active(1).lifts[1]
+    member = MemberId(1, 100, 1)
+    lift.step(0, LocalJoin(member, "dlm:home", 1, 8, "host1:1", b"ticket", ProcessId(1, 2, "boot")))
+    ((_, join),) = lift.ready().then_send
+    lift.step(0, Received(lift.me.corrald(), join))
+    ((_, begin),) = lift.ready().then_send
+    lift.step(0, Received(lift.me.corrald(), begin))
+    lift.step(0, Promised(ViewId(2, 1)))
+    ready = lift.ready()  # the round waits for the disk, and behind it the answer to the promise
+    assert [type(decision) for decision in ready.emit] == [StartGroup, StopAll, Stopped]
+    stopped = ready.emit[-1]
+    assert stopped.id == ViewId(2, 1)
+    assert [group.entry(member) is not None for group in stopped.attachment.table] == [True]
+    assert stopped.attachment.state.round == begin.round.id

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 
+from corral.base.engine import TICK, Received
 from corral.base.ids import MemberId, NodeIncarnation, ViewId
 from corral.base.view import View
 from corral.cman.events import (
     Accepted,
     Active,
+    Attach,
     CleanlyStopped,
     Excluded,
     Expel,
@@ -121,6 +123,24 @@ def test_a_promise_is_durable_before_it_leaves_and_everything_stops() -> None:
     assert ready.emit == [Stop(ViewId(1, 1))]
 
 
+def test_a_promise_leaves_when_everything_has_stopped() -> None:
+    bench = Bench()
+    bench.start(1, 2)
+    bench.link((1, 2))
+    bench.now += TIMING.form_ns
+    bench.step(1, TICK)
+    engine = bench[2]
+    engine.step(bench.now, Received(MemberId(1, 10, 0), Prepare(1, lives(1, 2))))
+    ready = engine.ready()
+    assert ready.emit == [Stop(ViewId(1, 1))]
+    assert ready.then_send == []
+    engine.step(bench.now, Attach(ViewId(0, 0), b"of another promise"))
+    assert engine.ready().then_send == []
+    engine.step(bench.now, Attach(ViewId(1, 1), b"what stopped"))
+    ((_, promise),) = engine.ready().then_send
+    assert (promise.epoch, promise.attachment) == (1, b"what stopped")
+
+
 def test_an_acceptance_is_durable_before_it_leaves() -> None:
     bench = Bench()
     bench.start(1, 2, 3)
@@ -139,7 +159,6 @@ def test_an_acceptance_is_durable_before_it_leaves() -> None:
 
 
 def _received(sender: int, message: Any, incarnation: int = 10) -> Any:
-    from corral.base.engine import Received
 
     return Received(MemberId(sender, incarnation, 0), message)
 
