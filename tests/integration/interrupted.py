@@ -20,7 +20,7 @@ import uuid
 from pathlib import Path
 from typing import NamedTuple
 
-from corral.fuse.mounting import mounts
+from corral.fuse.mounting import Mounted, abort_connection, mounts
 
 MARK = "CORRAL_TEST_MARK"
 END_SECONDS = 60.0  # on a busy machine
@@ -37,6 +37,10 @@ class Ended(NamedTuple):
 def interrupt(options: list[str], at: float, again: float | None = None, *, once_said: str = "") -> Ended:
     """Runs the demo with these options, sends SIGINT `at` seconds after it said that, and again later."""
     mark = uuid.uuid4().hex
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as in the background of a shell; the demo would inherit that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="corral-interrupted-", dir="/var/tmp", ignore_cleanup_errors=True) as name:
         home = Path(name)
         with (home / "output").open("wb") as output:
@@ -68,15 +72,34 @@ def interrupt(options: list[str], at: float, again: float | None = None, *, once
         ending = time.monotonic() - began - after
         said = (home / "output").read_text(errors="replace")
         (home / "output").unlink()
-        return Ended(after, ending, demo.returncode, said, left + what_is_left(mark, home))
+        left += what_is_left(mark, home)
+        _end(mark, home)
+        return Ended(after, ending, demo.returncode, said, left)
 
 
 def what_is_left(mark: str, home: Path) -> list[str]:
     left = [f"process {path.parent.name}: {_text(path.parent / 'cmdline')}" for path in _marked(mark)]
-    left += [f"mount {mounted.path}" for mounted in mounts() if mounted.path.startswith(f"{home}/")]
+    left += [f"mount {mounted.path}" for mounted in _mounts_in(home)]
     left += [f"socket {line.split()[-1]}" for line in _text(Path("/proc/net/unix")).splitlines() if f"{home}/" in line]
-    left += [f"file {path}" for path in sorted(home.rglob("*"))]
+    left += [f"file {path}" for path in sorted(home.iterdir())]
     return left
+
+
+def _end(mark: str, home: Path) -> None:
+    """So that a moment that failed does not disturb the next."""
+    while marked := _marked(mark):
+        for path in marked:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+        for mounted in _mounts_in(home):
+            abort_connection(mounted)
+        time.sleep(0.05)
+    for mounted in _mounts_in(home):
+        abort_connection(mounted)
+
+
+def _mounts_in(home: Path) -> list[Mounted]:
+    return [mounted for mounted in mounts() if mounted.path.startswith(f"{home}/")]
 
 
 def _marked(mark: str) -> list[Path]:

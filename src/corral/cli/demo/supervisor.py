@@ -56,7 +56,9 @@ class _Signals:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # What whoever started us chose to ignore stays ignored: nohup, or the background of a shell.
+        chosen = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in chosen}
         try:
             yield
         finally:
