@@ -162,7 +162,7 @@ def open_and_mount(path: str, options: Options) -> int:
     """The connection's device descriptor, non-blocking; the kernel's INIT waits to be read from it."""
     if not os.path.exists(DEVICE):
         raise MountError(
-            f"there is no {DEVICE}; load the module with: modprobe fuse (in a container pass --device {DEVICE})"
+            f"there is no {DEVICE}; load the module with: sudo modprobe fuse (in a container pass --device {DEVICE})"
         )
     if os.geteuid() == 0:
         return _mount_as_root(path, options)
@@ -205,7 +205,7 @@ def _why_not_mounted(path: str, number: int) -> str:
     if number == errno.EPERM:
         return f"mounting on {path} is not permitted; run it with CAP_SYS_ADMIN (in a container: --cap-add SYS_ADMIN)"
     if number == errno.ENODEV:
-        return "this kernel has no FUSE; load the module with: modprobe fuse"
+        return "this kernel has no FUSE; load the module with: sudo modprobe fuse"
     if number == errno.EBUSY:
         return f"{path} is busy; see who uses it with: fuser -vm {path}"
     return f"mounting on {path} failed ({os.strerror(number)}); see the kernel's log with: dmesg"
@@ -247,7 +247,7 @@ def _receive_descriptor(channel: socket.socket, path: str) -> int:
 def _fusermount(purpose: str) -> str:
     program = shutil.which(FUSERMOUNT)
     if program is None:
-        raise MountError(f"{purpose} as an ordinary user needs {FUSERMOUNT}; install it with: apt-get install fuse3")
+        raise MountError(f"{purpose} as an ordinary user needs {FUSERMOUNT}; install it with: sudo apt-get install -y fuse3")
     return program
 
 
@@ -275,7 +275,7 @@ def _fusermount_refusal(action: str, path: str, output: bytes) -> str:
     if "allow_other" in said:
         hint = "; write user_allow_other into /etc/fuse.conf or mount without allow_other"
     elif DEVICE in said:
-        hint = f"; open it to everybody with: chmod 666 {DEVICE}"
+        hint = f"; open it to everybody with: sudo chmod 666 {DEVICE}"
     return f"{FUSERMOUNT} could not {action} {path} ({said[:200]}){hint}"
 
 

@@ -46,10 +46,10 @@ def test_something_mounted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_missing_device_and_program_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(MountError, match=r"needs fusermount3; install it with: apt-get install fuse3"):
+    with pytest.raises(MountError, match=r"needs fusermount3; install it with: sudo apt-get install -y fuse3"):
         m._mount_as_user("/mnt", Options())
     monkeypatch.setattr(m, "DEVICE", "/dev/no-such-fuse")
-    with pytest.raises(MountError, match=r"there is no /dev/no-such-fuse; load the module with: modprobe fuse"):
+    with pytest.raises(MountError, match=r"there is no /dev/no-such-fuse; load the module with: sudo modprobe fuse"):
         m.open_and_mount("/mnt", Options())
 
 
