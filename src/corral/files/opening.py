@@ -18,8 +18,6 @@ from corral.doors import connect, socket_path
 from corral.files.gate import Gate
 from corral.files.paths import Files
 from corral.gfs.filesystem import GfsFilesystem
-from corral.gfs.replay import JournalDamaged
-from corral.gfs.superblock import Refused
 from corral.gfs.volume import Options
 from corral.providers.endpoint import native_endpoint
 from corral.providers.native_gfs import NativeMount
@@ -59,10 +57,9 @@ class Opening:
             self._filesystem = await self._native.open(None)
         except BaseException as error:
             await asyncio.shield(self._let_go())
-            if isinstance(error, Refused | JournalDamaged):
-                raise ClusterError(str(error)) from None
-            if isinstance(error, OSError):
-                raise ClusterError(f"{self._device} cannot be opened: {error.strerror or error}") from None
+            if isinstance(error, ClusterError | OSError):
+                reason = error.strerror if isinstance(error, OSError) else ""
+                raise ClusterError(f"{self._device} cannot be opened: {reason or error}") from None
             raise
         self._participant.lost.add_done_callback(lambda lost: self._filesystem.withdraw(lost.result()))
         self._gate = Gate(self._participant.may_act, self._participant.identity.detect_ns // 20)

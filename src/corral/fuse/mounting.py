@@ -247,7 +247,9 @@ def _receive_descriptor(channel: socket.socket, path: str) -> int:
 def _fusermount(purpose: str) -> str:
     program = shutil.which(FUSERMOUNT)
     if program is None:
-        raise MountError(f"{purpose} as an ordinary user needs {FUSERMOUNT}; install it with: sudo apt-get install -y fuse3")
+        raise MountError(
+            f"{purpose} as an ordinary user needs {FUSERMOUNT}; install it with: sudo apt-get install -y fuse3"
+        )
     return program
 
 
