@@ -17,6 +17,9 @@ Invariants:
   GFS-1  local holders: one EX or any number of SH, and never more than the mode held covers.
   GFS-2  a mode is lowered only by way of SYNCING with no holders: nothing dirty is left behind it.
   GFS-3  while the gate is closed a mode obtained by an ordinary request is not used.
+
+A glock that is not in the lock manager yet is asked for without waiting. Who must wait does so as a conversion from NL: a
+new request is granted only when no conversion waits, and beside nodes that take turns on a busy lock one always does.
 SH to EX waits in the lock manager's queue with SH kept, so what is cached stays good. When two nodes want that of each
 other at once the lock manager answers EDEADLK to one: it gives up SH, which lets the other have EX, and queues from UN.
 """
@@ -24,7 +27,7 @@ other at once the lock manager answers EDEADLK to one: it gives up SH, which let
 from collections.abc import Iterable
 from typing import Any, Final, final
 
-from corral.api.dlm import CR, CW, HEADQUE, NL, NOQUEUE, NOQUEUEBAST, PR, PW, Completion, Request
+from corral.api.dlm import CR, CW, EXPEDITE, NL, NOQUEUE, NOQUEUEBAST, PR, PW, Completion, Request
 from corral.api.dlm import EX as DLM_EX
 from corral.base.time import FOREVER, MILLISECOND, Instant
 
@@ -96,12 +99,14 @@ class Holder:
 @final
 class Glock:
     """`holders`: -1 for one EX, n for n SH or DF. `blocked`: demote to `demote` as soon as nobody holds it.
-    `gated`: the mode was obtained while the gate was closed. `dirty` and `logged` are the journal's: objects in the
-    running transaction, and blocks with images at or after the tail. `cached` is what the lock protects."""
+    `contended`: it could not be had at once. `gated`: the mode was obtained while the gate was closed. `dirty` and
+    `logged` are the journal's: objects in the running transaction, and blocks with images at or after the tail.
+    `cached` is what the lock protects."""
 
     __slots__ = (
         "blocked",
         "cached",
+        "contended",
         "demote",
         "demoted_at",
         "dirty",
@@ -138,6 +143,7 @@ class Glock:
         self.request_flags = 0
         self.handle = 0
         self.gated = False
+        self.contended = False
         self.hold_until: Instant = 0
         self.io_served = 0
         self.dirty = 0
@@ -324,6 +330,9 @@ class GlockTable:
     def _refused(self, glock: Glock, status: int) -> None:
         """NOQUEUE failed, another conversion waits for ours, or the lock manager gave up."""
         head = glock.queue[0] if glock.queue else None
+        if status == EAGAIN and glock.state == UN and not (head is not None and head.flags & TRY):
+            glock.contended = True
+            return
         if status in (EAGAIN, EDEADLK) and not (head is not None and head.flags & TRY) and glock.state != UN:
             glock.demote = UN
             glock.blocked = True
@@ -470,18 +479,20 @@ class GlockTable:
             return
         if self.gate_closed and not head.flags & NOEXP:
             return  # GFS-3
-        flags = 0
+        flags = NOQUEUE | NOQUEUEBAST
         if head.flags & TRY:
-            flags |= NOQUEUE | (NOQUEUEBAST if head.flags & TRY_CALLBACK else 0)
-        if head.flags & PRIORITY and not glock.handle:
-            flags |= HEADQUE
+            flags = NOQUEUE | (NOQUEUEBAST if head.flags & TRY_CALLBACK else 0)
+        elif glock.handle:
+            flags = 0
         glock.target = head.state
+        if glock.contended and not glock.handle:
+            glock.target, flags = UN, EXPEDITE
+        glock.contended = False
         glock.request_flags = head.flags
         glock.phase = REQUEST
         self.counts["requests"] += 1
-        mode = MODE_OF_STATE[head.state]
         op = "convert" if glock.handle else "lock"
-        self.requests.append((glock, Request(op, glock.name, mode, flags, glock.handle)))
+        self.requests.append((glock, Request(op, glock.name, MODE_OF_STATE[glock.target], flags, glock.handle)))
 
     def idle(self) -> Iterable[Glock]:
         """Glocks that nobody holds, wants or demotes: candidates to be given up under cache pressure, oldest first."""

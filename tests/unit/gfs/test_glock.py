@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from corral.api.dlm import CW, EUNLOCK, NOQUEUE, NOQUEUEBAST, PR, Completion
+from corral.api.dlm import CW, EUNLOCK, EXPEDITE, NL, NOQUEUE, NOQUEUEBAST, PR, Completion
 from corral.api.dlm import EX as DLM_EX
 from corral.gfs.glock import (
     EX,
@@ -23,6 +23,7 @@ from corral.gfs.glock import (
     Holder,
 )
 
+AT_ONCE = NOQUEUE | NOQUEUEBAST
 EAGAIN = -11
 EDEADLK = -35
 
@@ -50,7 +51,7 @@ class Stepped:
         return [target for _, target in syncs]
 
     def answer(self, status: int = 0) -> None:
-        if not self.glock.handle:
+        if not self.glock.handle and status == 0:
             self.glock.handle = 1
         self.table.completed(self.now, self.glock, Completion(status, 0, 0, b"", False, 0))
 
@@ -80,12 +81,38 @@ def s() -> Stepped:
 
 def test_a_hold_asks_once_and_stays_cached(s: Stepped) -> None:
     holder = s.want(SH)
-    assert s.asked() == [("lock", PR, 0)]
+    assert s.asked() == [("lock", PR, AT_ONCE)]
     s.answer()
     assert holder.granted
     s.release(SH)
     assert s.table.try_hold(s.glock, SH)
     assert s.asked() == []
+
+
+def test_who_has_to_wait_does_so_as_a_conversion(s: Stepped) -> None:
+    # As a new request it would wait until no conversion waits: for ever, beside nodes that take turns.
+    holder = s.want(EX)
+    assert s.asked() == [("lock", DLM_EX, AT_ONCE)]
+    s.answer(EAGAIN)
+    assert s.asked() == [("lock", NL, EXPEDITE)]
+    s.answer()
+    assert s.asked() == [("convert", DLM_EX, 0)]
+    assert not holder.granted
+    s.answer()
+    assert holder.granted
+
+
+def test_whoever_gives_up_waiting_leaves_the_lock_to_the_next(s: Stepped) -> None:
+    first = s.want(EX)
+    s.asked()
+    s.table.cancel(s.now, s.glock, first)
+    s.answer(EAGAIN)
+    assert s.asked() == []
+    second = s.want(SH)
+    assert s.asked() == [("lock", NL, EXPEDITE)]
+    s.answer()
+    s.answer()
+    assert second.granted
 
 
 def test_shared_holders_go_together_and_an_exclusive_one_alone(s: Stepped) -> None:
@@ -175,7 +202,7 @@ def test_of_two_that_would_convert_at_once_one_goes_through_unlocked(s: Stepped)
 
 def test_try_fails_instead_of_waiting_and_may_tell_the_holders(s: Stepped) -> None:
     mine = s.want(EX, TRY | TRY_CALLBACK)
-    assert s.asked() == [("lock", DLM_EX, NOQUEUE | NOQUEUEBAST)]
+    assert s.asked() == [("lock", DLM_EX, AT_ONCE)]
     s.answer(EAGAIN)
     assert mine.failed
     assert not mine.granted
@@ -263,7 +290,7 @@ def test_recovery_does_not_wait_in_line_behind_those_who_wait_for_it(s: Stepped)
     s.table.close_gate()
     waiting = s.want(SH)
     recovering = s.want(EX, NOEXP)
-    assert s.asked() == [("lock", DLM_EX, 0)]
+    assert s.asked() == [("lock", DLM_EX, AT_ONCE)]
     s.answer()
     assert recovering.granted
     s.release(EX)
@@ -319,7 +346,7 @@ def test_given_up_but_wanted_again_is_fetched_anew(s: Stepped) -> None:
     assert s.asked() == [("unlock", 0, 0)]
     s.glock.handle = 0
     s.table.completed(s.now, s.glock, Completion(EUNLOCK, 0, 0, b"", False, 0))
-    assert s.asked() == [("lock", PR, 0)]
+    assert s.asked() == [("lock", PR, AT_ONCE)]
     s.answer()
     assert mine.granted
 
