@@ -18,8 +18,8 @@ Invariants:
   GFS-2  a mode is lowered only by way of SYNCING with no holders: nothing dirty is left behind it.
   GFS-3  while the gate is closed a mode obtained by an ordinary request is not used.
 
-A glock that is not in the lock manager yet is asked for without waiting. Who must wait does so as a conversion from NL: a
-new request is granted only when no conversion waits, and beside nodes that take turns on a busy lock one always does.
+A glock that is not in the lock manager yet is asked for without waiting. Who must wait does so as a conversion from NL:
+a new request is granted only when no conversion waits, and beside nodes that take turns on a busy lock one always does.
 SH to EX waits in the lock manager's queue with SH kept, so what is cached stays good. When two nodes want that of each
 other at once the lock manager answers EDEADLK to one: it gives up SH, which lets the other have EX, and queues from UN.
 """
