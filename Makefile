@@ -10,7 +10,7 @@ BODY ?= mounts.shared
 SEED ?= 1
 SECONDS ?= $(if $(filter fuzz,$(MAKECMDGOALS)),60,600)
 
-.PHONY: help install check lint types floors unit test sim campaign campaign-report plants fuzz demo interrupts soak bench bench-diff system clean
+.PHONY: help install check lint types floors unit test sim campaign campaign-report dlm-model plants fuzz demo interrupts soak bench bench-diff system clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -55,6 +55,9 @@ campaign: $(STAMP)  ## seed after seed of every simulated body, recorded in camp
 
 campaign-report: $(STAMP)  ## what the campaign has run so far, and what failed
 	$(BIN)/python -m tests.sim.campaign --report
+
+dlm-model: $(STAMP)  ## the lock engine against a dumb second one, random stories, going on where it stopped: SECONDS=600
+	$(BIN)/python -m tests.unit.dlm.against_dumb --seconds $(SECONDS)
 
 plants: $(STAMP)  ## every planted bug, and the seed at which its checker catches it
 	$(BIN)/python -m tests.plants

@@ -93,7 +93,7 @@ class Operations:
         self._deferred: dict[int, None] = {}  # locks whose operation waits until we run, in order
         self._timeouts: list[tuple[Instant, int]] = []
         self._timed = 0  # locks with a deadline; the heap may hold stale entries beside
-        self._watched: deque[tuple[Instant, int, int]] = deque()  # (when to warn, lock, operation), the next one first
+        self._watched: deque[tuple[Instant, Lock, int]] = deque()  # (when to warn, lock, operation), the next one first
         self._orphans: dict[bytes, list[Lock]] = {}  # by name, longest orphaned first
 
     def _running(self, now: Instant) -> bool:
@@ -116,7 +116,7 @@ class Operations:
             heappush(self._timeouts, (lock.deadline, lock.id))
             self._compact()
         if self.warn_ns and lock.pending == pending and pending != UNLOCK and not lock.flags & NODLCKWT:
-            self._watched.append((now + self.warn_ns, lock.id, lock.operation))
+            self._watched.append((now + self.warn_ns, lock, lock.operation))
 
     def _dispatch(self, now: Instant, lock: Lock) -> None:
         """Takes the pending operation to the resource's master, here or elsewhere. Only while running."""
@@ -370,9 +370,8 @@ class Operations:
         """Tells of operations that have waited for the warning time, once each. It is the same for all: so in order."""
         watched = self._watched
         while watched and watched[0][0] <= now:
-            when, lock_id, operation = watched.popleft()
-            lock = self.space.find(lock_id)
-            if lock is None or not lock.pending or lock.operation != operation or lock.pending == UNLOCK:
+            when, lock, operation = watched.popleft()
+            if lock.pending not in (REQUEST, CONVERT) or lock.operation != operation:
                 continue
             self.space.counters.warned += 1
             if not lock.abandoned:
@@ -472,6 +471,7 @@ class Operations:
             if not lock.pending:
                 continue
             if at == 0 and taken and lock.pending == REQUEST:
+                lock.asked = peer
                 if lock.overlap:
                     space.send.append((peer, Cancel(lock.id, lock.operation)))
             else:

@@ -60,17 +60,27 @@ class Orphans(Operations):
     # --- clients that die --------------------------------------------------------------------------------------------
 
     def _client_gone(self, now: Instant, client: int) -> None:
+        stays: list[Lock] = []
+        goes: list[Lock] = []
         for _, lock in sorted(self.space.clients.get(client, _NO_LOCKS).items()):
             if lock.abandoned:
                 continue  # an orphan, or one that ends already
-            if not lock.flags & PERSISTENT or lock.pending == UNLOCK or lock.then is not None:
-                self._abandon(now, lock)
-                continue
-            lock.abandoned = True
-            if not lock.pending:
+            lock.abandoned = True  # all of them before the first ends: the dead hear nothing
+            busy = lock.pending and lock.pending != UNLOCK and lock.then is None
+            if lock.flags & PERSISTENT and not lock.pending:
                 self._orphan(lock)
-            elif not lock.overlap:
+            elif lock.flags & PERSISTENT and busy:
+                stays.append(lock)
+            else:
+                goes.append(lock)
+                if busy:
+                    lock.then = (0, None, 0)  # should another one's end grant it
+        for lock in stays:
+            if lock.pending and not lock.overlap:
                 self._withdraw(now, lock, CANCELLED)  # and then, if it still is a lock, an orphan
+        for lock in goes:
+            if self.space.find(lock.id) is lock:
+                self._abandon(now, lock)
         for number in [number for number, purge in self._purges.items() if purge.client == client]:
             del self._purges[number]
         self.space.client_gone(client)

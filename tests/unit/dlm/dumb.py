@@ -242,3 +242,204 @@ class Dumb:
     def heard(self):
         said, self.said = self.said, []
         return said
+
+
+class DumbSpace:
+    """Clients, handles, errors, time and orphans around resources, as plainly. Every node hears of everything at once.
+
+    `heard`: ("done", client, handle, cookie, status, mode, flags, block), ("bast", client, handle, mode) and
+    ("slow", client, handle, cookie).
+    """
+
+    LOCK = {"NOQUEUE", "VALBLK", "IVVALBLK", "PERSISTENT", "NODLCKWT", "NODLCKBLK", "EXPEDITE", "NOQUEUEBAST"}
+    LOCK |= {"HEADQUE", "NOORDER", "ORPHAN", "ALTPR", "ALTCW", "TIMEOUT"}
+    CONVERT = (LOCK | {"CONVERT", "QUECVT", "CONVDEADLK"}) - {"EXPEDITE"}
+    UNLOCK = {"CANCEL", "VALBLK", "IVVALBLK", "FORCEUNLOCK"}
+
+    def __init__(self, node_of, size, slow):
+        self.node_of, self.size, self.slow = node_of, size, slow
+        self.now = 0
+        self.resources = {}
+        self.entries = {}  # number -> what a client knows of its lock
+        self.number = 0
+        self.orphans = []  # entries, longest orphaned first
+        self.heard = []
+
+    # what clients ask
+
+    def lock(self, client, handle, cookie, name, mode, flags, value, timeout):
+        wrong = flags - self.LOCK or ("EXPEDITE" in flags and (mode != "NL" or "NOQUEUE" in flags))
+        if wrong:
+            return self.refuse(client, handle, cookie, "EINVAL")
+        if "ORPHAN" in flags:
+            return self.adopt(client, handle, cookie, name, mode, flags)
+        if self.find(client, handle):
+            return self.refuse(client, handle, cookie, "EEXIST")
+        self.number += 1
+        entry = {"number": self.number, "client": client, "handle": handle, "name": name, "dead": False, "kept": None}
+        self.entries[self.number] = entry
+        self.begin(entry, "lock", cookie, flags, timeout)
+        block = self.pad(value or b"") if "VALBLK" in flags else None
+        return self.tell(self.resource(name).lock(self.number, mode, flags, block))
+
+    def convert(self, client, handle, cookie, mode, flags, value, timeout):
+        entry = self.find(client, handle)
+        if not entry:
+            return self.refuse(client, handle, cookie, "ENOENT")
+        held = self.resource(entry["name"]).locks[entry["number"]]["mode"]
+        rising = {"NL": "CR CW PR PW EX", "CR": "CW PR PW EX", "CW": "PR PW EX", "PR": "CW PW EX", "PW": "EX"}
+        if flags - self.CONVERT or {"CONVDEADLK", "NOQUEUE"} <= flags:
+            return self.refuse(client, handle, cookie, "EINVAL")
+        if "QUECVT" in flags and mode not in rising.get(held, "").split():
+            return self.refuse(client, handle, cookie, "EINVAL")
+        if entry["pending"]:
+            return self.refuse(client, handle, cookie, "EBUSY")
+        self.begin(entry, "convert", cookie, flags, timeout)
+        return self.tell(
+            self.resource(entry["name"]).convert(entry["number"], mode, flags, self.block(entry, flags, value))
+        )
+
+    def unlock(self, client, handle, cookie, flags, value):
+        if "CANCEL" in flags:
+            return self.cancel(client, handle, cookie, flags)
+        entry = self.find(client, handle)
+        if not entry:
+            return self.refuse(client, handle, cookie, "ENOENT")
+        if flags - self.UNLOCK:
+            return self.refuse(client, handle, cookie, "EINVAL")
+        if entry["pending"] and "FORCEUNLOCK" not in flags:
+            return self.refuse(client, handle, cookie, "EBUSY")
+        if entry["pending"]:
+            self.done(entry, "ECANCEL", None, (), None)
+        entry["cookie"] = cookie
+        return self.end(entry, flags, self.block(entry, flags, value))
+
+    def cancel(self, client, handle, cookie, flags=frozenset()):
+        entry = self.find(client, handle)
+        if not entry:
+            return self.refuse(client, handle, cookie, "ENOENT")
+        if flags - self.UNLOCK or "FORCEUNLOCK" in flags or (entry["cancelled"] and not entry["pending"]):
+            return self.refuse(client, handle, cookie, "EINVAL")
+        self.refuse(client, handle, cookie, "OK")
+        if entry["pending"]:
+            entry["cancelled"] = True
+            self.tell(self.resource(entry["name"]).cancel(entry["number"]))
+        return None
+
+    def gone(self, client):
+        left = sorted(self.of(client), key=lambda entry: entry["handle"])
+        for entry in left:
+            entry["dead"] = True
+            if "PERSISTENT" in entry["flags"] and not entry["pending"]:
+                self.orphans.append(entry)
+        for entry in left:
+            if "PERSISTENT" in entry["flags"] and entry["pending"]:
+                self.tell(self.resource(entry["name"]).cancel(entry["number"]))
+        for entry in left:
+            if entry["number"] in self.entries and "PERSISTENT" not in entry["flags"]:
+                self.end(entry, set(), None)
+
+    def adopt(self, client, handle, cookie, name, mode, flags):
+        if self.find(client, handle):
+            return self.refuse(client, handle, cookie, "EEXIST")
+        here = [e for e in self.orphans if e["name"] == name and self.node_of(e["client"]) == self.node_of(client)]
+        for entry in here:
+            lock = self.resource(name).locks[entry["number"]]
+            if lock["mode"] == mode:
+                self.orphans.remove(entry)
+                entry.update(client=client, handle=handle, dead=False)
+                self.begin(entry, "lock", cookie, flags, 0)
+                self.done(entry, "OK", mode, (), lock["block"])
+                if entry["kept"]:
+                    self.heard.append(("bast", client, handle, entry["kept"]))
+                entry["kept"] = None
+                return None
+        return self.refuse(client, handle, cookie, "EAGAIN" if here else "ENOENT")
+
+    def purge(self, client, cookie, node, whose):
+        for entry in sorted(self.orphans, key=lambda entry: entry["name"]):
+            if self.node_of(entry["client"]) == node and whose in (0, entry["client"]):
+                self.orphans.remove(entry)
+                self.end(entry, set(), None)
+        self.refuse(client, 0, cookie, "OK")
+
+    def wait(self, until):
+        """Time passes: what waits too long ends, what waits long is told."""
+        while True:
+            waiting = [entry for entry in self.entries.values() if entry["pending"]]
+            late = [(entry["deadline"], 0, entry["number"]) for entry in waiting if entry["deadline"]]
+            slow = [(entry["slow"], 1, entry["number"]) for entry in waiting if entry["slow"]]
+            due = min(late + slow, default=(until + 1,))
+            if due[0] > until:
+                break
+            self.now, what, number = due
+            entry = self.entries[number]
+            if what == 0:
+                entry["late"] = True
+                self.tell(self.resource(entry["name"]).cancel(number))
+            else:
+                entry["slow"] = 0
+                self.heard.append(("slow", entry["client"], entry["handle"], entry["cookie"]))
+        self.now = until
+
+    # leaves
+
+    def resource(self, name):
+        return self.resources.setdefault(name, Dumb())
+
+    def of(self, client):
+        return [entry for entry in self.entries.values() if entry["client"] == client and not entry["dead"]]
+
+    def find(self, client, handle):
+        return next((entry for entry in self.of(client) if entry["handle"] == handle), None)
+
+    def begin(self, entry, what, cookie, flags, timeout):
+        entry.update(pending=what, cookie=cookie, flags=flags, cancelled=False, late=False)
+        entry["deadline"] = self.now + timeout if timeout else 0
+        entry["slow"] = self.now + self.slow if "NODLCKWT" not in flags else 0
+
+    def end(self, entry, flags, block):
+        entry["pending"] = "unlock"
+        self.tell(self.resource(entry["name"]).unlock(entry["number"], flags, block))
+
+    def block(self, entry, flags, value):
+        if "VALBLK" not in flags:
+            return None
+        if value is None and self.resource(entry["name"]).locks[entry["number"]]["block"] is not None:
+            return None
+        return self.pad(value or b"")
+
+    def pad(self, value):
+        return value.ljust(self.size, b"\0")
+
+    def tell(self, said):
+        """What a resource said, to the clients; of one that is dead a callback is kept."""
+        for number, what, mode, *rest in said:
+            entry = self.entries.get(number)
+            if entry is None:
+                continue  # granted to a dead client, which made it end before all was said
+            if what != "bast":
+                self.done(entry, "ETIMEDOUT" if what == "ECANCEL" and entry["late"] else what, mode, *rest)
+            elif not entry["dead"]:
+                self.heard.append(("bast", entry["client"], entry["handle"], mode))
+            else:
+                entry["kept"] = max(entry["kept"] or "NL", mode, key=ORDER.index)
+
+    def done(self, entry, status, mode, flags, block):
+        ended = status == "EUNLOCK" or (entry["pending"] == "lock" and status != "OK")
+        if not entry["dead"]:
+            self.heard.append(
+                ("done", entry["client"], entry["handle"], entry["cookie"], status)
+                + ((None, (), None) if ended else (mode, tuple(sorted(flags)), block if status == "OK" else None))
+            )
+        if ended and entry["pending"] and entry["number"] not in self.resource(entry["name"]).locks:
+            self.entries.pop(entry["number"], None)
+        entry["pending"] = None
+        if entry["dead"] and not ended and "PERSISTENT" in entry["flags"]:
+            self.orphans.append(entry)
+        elif entry["dead"] and not ended:
+            self.end(entry, set(), None)
+
+    def refuse(self, client, handle, cookie, status):
+        """The answer that concerns no lock."""
+        self.heard.append(("done", client, handle, cookie, status, None, (), None))

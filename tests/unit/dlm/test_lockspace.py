@@ -59,6 +59,33 @@ def test_who_waits_long_is_told_once_and_only_if_it_wants_to_be():
     assert members.engines[2].counters.warned == 1
 
 
+def test_a_handle_used_again_does_not_inherit_the_waiting_of_the_last():
+    members = Members(1, warn_ns=5 * SECOND)
+    members.submit(1, 1, 1, Request("lock", b"r", EX))
+    members.submit(1, 2, 1, Request("lock", b"r", EX))
+    members.wait(4 * SECOND)
+    members.submit(1, 1, 1, Request("unlock"))
+    members.submit(1, 2, 1, Request("unlock"))
+    members.submit(1, 1, 1, Request("lock", b"r", EX))
+    members.submit(1, 2, 1, Request("lock", b"r", EX))
+    members.heard.clear()
+    members.wait(4 * SECOND)
+    assert members.heard == []
+    members.wait(2 * SECOND)
+    assert len(members.heard) == 1
+
+
+def test_a_client_that_dies_hears_nothing_of_what_its_own_end_grants_it():
+    members = Members(1)
+    members.submit(1, 1, 1, Request("lock", b"r", EX))
+    members.submit(1, 1, 2, Request("lock", b"r", EX))
+    members.submit(1, 1, 3, Request("lock", b"r", PR, PERSISTENT))
+    members.heard.clear()
+    members.gone(1, 1)
+    assert members.heard == []
+    assert members.engines[1].space.lock_count == 0
+
+
 def test_an_adopted_lock_is_a_lock_like_any_other_wherever_it_is_mastered():
     for master in (1, 2):
         members = Members(1, 2)
