@@ -175,7 +175,7 @@ PLANTS = {
     grant_without_lease: ("DLM-6",),
     ask_only_once: ("DLM-3", "DLM-7"),
     keep_the_dead: ("DLM-3", "DLM-7"),
-    forget_adopted_locks: ("DLM-7", "DLM-8"),
+    forget_adopted_locks: ("DLM-1", "DLM-3", "DLM-7", "DLM-8"),
     unlock_orphans: ("DLM-8",),
     purge_only_once: ("DLM-7", "DLM-8"),
     query_only_once: ("DLM-7",),
