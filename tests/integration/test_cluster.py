@@ -104,6 +104,21 @@ def test_a_lock_passes_from_a_killed_node_to_a_waiter_with_a_larger_token(local:
     assert local.wait(1, [1, 2])["quorate"]
 
 
+def test_a_lockspace_has_one_length_of_value_blocks_on_all_nodes(local: Local) -> None:
+    async def story() -> None:
+        async with corral.connect(local.socket(1)) as one, corral.connect(local.socket(2)) as two:
+            space = await one.lockspace("sizes", value_size=64)
+            with pytest.raises(corral.ClusterError, match="64 bytes on node 1, not 32"):
+                await two.lockspace("sizes")
+            async with asyncio.timeout(20), space.lock("still", corral.EX):
+                pass
+            other = await two.lockspace("sizes", value_size=64)
+            async with asyncio.timeout(20), other.lock("still", corral.EX) as held:
+                assert len(held.value) in (0, 64)
+
+    asyncio.run(story())
+
+
 def test_a_client_that_dies_frees_its_locks_at_once(local: Local) -> None:
     script = (
         "import asyncio, corral, sys\n"

@@ -15,7 +15,7 @@ from typing import Any, Final, final
 from corral.api.cman import LEVEL_DLM
 from corral.api.dlm import VALUE_SIZE, Completion, Request
 from corral.base.engine import Received
-from corral.base.errors import NotMember, PeerError
+from corral.base.errors import ClusterError, NotMember, PeerError
 from corral.base.ids import MemberId
 from corral.base.view import Round
 from corral.base.world import World
@@ -27,6 +27,7 @@ from corral.dlm.events import (
     Finish,
     Lease,
     Lost,
+    Misfit,
     RoundDone,
     SpaceLost,
     Start,
@@ -66,13 +67,23 @@ class NativeLockspace:
         self._round_id = 0
         self._open = False
         self._lost_reason = ""
+        self._misfit: asyncio.Future[str] = world.future()
         participant.lost.add_done_callback(self._participant_lost)
 
     # -- life
 
     async def open(self) -> None:
-        """Raises ClusterError when the join is refused, NotMember when this process may not act any more."""
-        await self._participant.register(self.group, self._level, self)
+        """Raises ClusterError when the join is refused, or when those in the lockspace have value blocks of another
+        length, and NotMember when this process may not act any more."""
+        joining = asyncio.ensure_future(self._participant.register(self.group, self._level, self))
+        try:
+            await asyncio.wait((joining, self._misfit), return_when=asyncio.FIRST_COMPLETED)
+            if self._misfit.done():
+                await self._participant.leave(self.group)
+                raise ClusterError(self._misfit.result())
+            await joining
+        finally:
+            joining.cancel()
         self._open = True
         self._watch_lease()
 
@@ -160,6 +171,13 @@ class NativeLockspace:
         elif isinstance(event, RoundDone):
             if event.round_id == self._round_id and self._done is not None and not self._done.done():
                 self._done.set_result(None)
+        elif isinstance(event, Misfit):
+            self._lost_reason = (
+                f"lockspace {self.name} has value blocks of {event.value_size} bytes on node {event.peer.node}, not "
+                f"{self.engine.value_size}; open it with that length"
+            )
+            if not self._misfit.done():
+                self._misfit.set_result(self._lost_reason)
         elif isinstance(event, SpaceLost):
             self.lost(self._lost_reason)
 
