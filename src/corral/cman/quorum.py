@@ -76,6 +76,6 @@ def check_record(record: QuorumRecord, lease_ns: Nanoseconds, *, two_node: bool 
         )
     if record.lease_ns != lease_ns:
         raise ConfigurationError(
-            f"the quorum record of this cluster has a lease of {record.lease_ns} ns, the configured `detect` gives "
-            f"{lease_ns} ns; set `detect` back to the value the cluster was made with"
+            f"this cluster was made with a lease of {record.lease_ns / 1e9:g} s, on which its members rely, and the "
+            f"configured `detect` gives {lease_ns / 1e9:g} s; set `detect` back to the value it was made with"
         )

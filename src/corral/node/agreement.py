@@ -7,6 +7,7 @@ from corral.api.comm import PeerDown, PeerUp
 from corral.base.engine import Received
 from corral.base.errors import PeerError
 from corral.base.ids import Incarnation, MemberId, NodeId, NodeIncarnation
+from corral.base.time import Nanoseconds
 from corral.base.world import Store, World
 from corral.cman.events import (
     Accepted,
@@ -34,6 +35,7 @@ from corral.cman.events import (
 )
 from corral.cman.heartbeat import HeartbeatEngine
 from corral.cman.membership import MembershipEngine
+from corral.cman.quorum import check_record
 from corral.cman.state import State, recover
 from corral.cman.timing import Timing
 from corral.cman.wire import HEARTBEATS, MESSAGES, RECORDS, Started
@@ -45,10 +47,13 @@ from corral.wire.frame import PORT_CMAN
 COMPACT_AT: Final = 512  # records in the log that make a start rewrite it
 
 
-async def begin_life(store: Store, wall_seconds: int) -> tuple[State, bool]:
-    """Reads the log, makes this life's incarnation durable. Returns the state and whether to be quiet at first."""
+async def begin_life(store: Store, wall_seconds: int, lease_ns: Nanoseconds) -> tuple[State, bool]:
+    """Reads the log, makes this life's incarnation durable. Returns the state and whether to be quiet at first. Raises
+    ConfigurationError, having written nothing, when others rely on another lease than the configured one."""
     records = [RECORDS.decode(payload) for payload in await store.read()]
     state = recover(records)
+    if state.record is not None:
+        check_record(state.record, lease_ns)
     quiet = state.quiet
     started = Started(state.next_incarnation(wall_seconds))
     state.apply(started)

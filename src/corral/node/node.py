@@ -137,7 +137,7 @@ class Node:
         stateful = not await self._end_earlier_participants()
         cman_store, lift_store = world.store("cman"), world.store("lift")
         try:
-            state, quiet = await begin_life(cman_store, world.wall_seconds())
+            state, quiet = await begin_life(cman_store, world.wall_seconds(), self.timing.lease_ns)
             lift_state = await _read_lift(lift_store)
         except (StoreDamaged, PeerError) as error:
             raise ClusterError(

@@ -76,7 +76,7 @@ def test_last_man_standing_stops_at_two_without_a_tie_breaker() -> None:
         (QuorumRecord(NO_VIEW, ((1, -1),), 1, LEASE), "votes"),
         (QuorumRecord(NO_VIEW, ((1, 0),), 0, LEASE), "no node has a vote"),
         (QuorumRecord(NO_VIEW, ((1, 1), (2, 1), (3, 1)), 1, LEASE), "two halves"),
-        (QuorumRecord(NO_VIEW, ((1, 1),), 1, LEASE + 1), "lease"),
+        (QuorumRecord(NO_VIEW, ((1, 1),), 1, 2 * LEASE), "set `detect` back"),
     ],
 )
 def test_wrong_records_are_refused_with_a_sentence(record: QuorumRecord, words: str) -> None:
