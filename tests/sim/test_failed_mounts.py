@@ -244,3 +244,56 @@ def test_a_replay_that_takes_longer_than_recover_but_advances_is_not_evicted() -
         assert set(cluster.ended) == set()
 
     run(body)
+
+
+def test_a_killed_mount_that_does_not_end_never_counts_as_gone_and_costs_its_node() -> None:
+    async def body(cluster: MountsByHand) -> None:
+        await cluster.mount(1, 2, 3)
+        await cluster.work(3, b"something to replay")
+        process = cluster.sim.machines["n3"].running("worker")
+        assert process is not None
+        cluster.disk.slowness = 1_000_000  # of what is submitted now: it stays in the kernel
+        process.spawn(cluster.mounted[3].mknod(ROOT, b"late", 0o100644, 0, SOMEBODY), "work")
+        process.spawn(cluster.mounted[3].fsyncdir(ROOT, 0, data_only=False), "work")
+        await cluster.until(lambda: bool(process.operations), "its disk to be busy", step=SECOND // 1000)
+        cluster.disk.slowness = 1
+        node = cluster.oracle.nodes[3]
+        cluster.kill(3)
+        (local,) = (one for one in node.warden.locals.values() if one.process == process.identity)
+        await cluster.until(lambda: f"killed process {process.pid} to end" in cluster.told(3), "it to say so")
+        assert "stuck in the kernel" in local.waits_for()
+        assert not process.gone
+        assert not any(slot == 2 for slot in cluster.replayed())
+        await cluster.until(node.ended.done, "node 3 to give up")
+        assert "is not gone, so it may still write" in node.ended.result().reason
+        assert not node.ended.result().clean
+        assert not process.gone
+        assert not any(slot == 2 for slot in cluster.replayed())
+        await cluster.until(lambda: 2 in cluster.replayed(), "a survivor to replay")
+        assert process.gone  # the power switch saw to that
+        await cluster.work(1, b"one")
+
+    run(body)
+
+
+def test_a_node_whose_participant_does_not_end_does_not_leave_cleanly() -> None:
+    async def body(cluster: MountsByHand) -> None:
+        await cluster.mount(1, 2, 3)
+        await cluster.work(3, b"something to replay")
+        process = cluster.sim.machines["n3"].running("worker")
+        assert process is not None
+        cluster.disk.slowness = 1_000_000
+        process.spawn(cluster.mounted[3].mknod(ROOT, b"late", 0o100644, 0, SOMEBODY), "work")
+        process.spawn(cluster.mounted[3].fsyncdir(ROOT, 0, data_only=False), "work")
+        await cluster.until(lambda: bool(process.operations), "its disk to be busy", step=SECOND // 1000)
+        cluster.disk.slowness = 1
+        node = cluster.oracle.nodes[3]
+        node.world.spawn(node.leave(), "leave")
+        await cluster.until(node.ended.done, "node 3 to end")
+        assert not node.ended.result().clean
+        assert "counts as failed until it is fenced" in node.ended.result().reason
+        assert not process.gone
+        await cluster.until(lambda: 2 in cluster.replayed(), "a survivor to replay")
+        assert process.gone
+
+    run(body)

@@ -191,6 +191,7 @@ class Node:
             config.recover_ns,
             lambda event: self._lift_driver.feed(event),
             lambda sentence: self.chronicle.note("participant", sentence),
+            self.end,
         )
         self.agreement = Agreement(
             world,
@@ -254,11 +255,14 @@ class Node:
         if self._leaving:
             return
         self._leaving = True
-        await self.warden.end_all("this node leaves the cluster")
-        self.agreement.leave()
+        if await self.warden.end_all("this node leaves the cluster"):
+            self.agreement.leave()
+        else:
+            self.end("this node ends without leaving the cluster: it counts as failed until it is fenced")
 
     async def close(self) -> None:
-        """Ends everything of this life; participants are killed and gone when it returns."""
+        """Ends everything of this life. Participants are killed, and gone when it returns unless that took longer than
+        `recover`: the next life then waits for them, or joins as one that averts no fence."""
         if self._closing:
             return
         self._closing = True

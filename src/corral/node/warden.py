@@ -3,6 +3,9 @@
 Death is proven by *gone* alone. A closed socket, a progress counter that stood still for `recover`, or a start that
 lasted longer without waiting for anybody else makes corrald freeze the participant's line of the page, kill it, and
 wait until it is gone; only then is its departure ordered, and with it the round that recovers what it held.
+
+A killed process whose thread is stuck in the kernel may still write, so it never counts as gone. After `recover` its
+node gives up (`hung`): it ends as a failed node, and the others fence it with a proof that covers that process too.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,6 +78,7 @@ class Local:
         "counter_since",
         "dying",
         "groups",
+        "killed_at",
         "member",
         "process",
         "purpose",
@@ -93,12 +97,18 @@ class Local:
         self.counter = 0
         self.counter_since = now
         self.dying = False
+        self.killed_at: Instant = 0
 
     def tell(self, message: FromCorrald) -> None:
         self.connection.send([FROM_CORRALD.encode(message)])
 
     def waits_for(self) -> str:
-        """For status; empty when no start of it waits."""
+        """For status; empty when nothing of it waits."""
+        if self.dying:
+            return (
+                f"killed process {self.process.pid} to end; if it does not, a thread of it is stuck in the kernel: see "
+                f"/proc/{self.process.pid}/task/*/stack and what its disk or mount waits for"
+            )
         return "; ".join(f"{group}: {start.waits}" for group, start in sorted(self.starting.items()) if start.waits)
 
 
@@ -112,13 +122,16 @@ class Warden:
         recover_ns: Nanoseconds,
         lift: Callable[[LiftEvent], None],
         log: Log,
+        hung: Callable[[str], None],
     ) -> None:
+        """`hung(sentence)`: a killed participant with something to recover is not gone after `recover_ns`."""
         self._world = world
         self._me = me
         self._page = page
         self._recover_ns = recover_ns
         self._lift = lift
         self._log = log
+        self._hung = hung
         self._serial = 0
         self._stopped = False
         self.locals: dict[MemberId, Local] = {}
@@ -241,20 +254,45 @@ class Warden:
         self._world.spawn(self._bury(local), f"wait until participant {local.member} is gone")
 
     async def _bury(self, local: Local) -> None:
-        await self._world.process.wait_gone(local.process)
+        local.killed_at = self._world.now()
+        look = self._world.call_at(local.killed_at + self._recover_ns // 2, lambda: self._still_there(local))
+        give_up = self._world.call_at(local.killed_at + self._recover_ns, lambda: self._give_up(local))
+        try:
+            await self._world.process.wait_gone(local.process)
+        finally:
+            look.cancel()
+            give_up.cancel()
         local.connection.close()
         self._page.remove(local.member.serial)
         self.locals.pop(local.member, None)
         if local.groups and not self._stopped:
             self._lift(LocalGone(local.member))
 
-    async def end_all(self, reason: str) -> None:
-        """Kills every participant and returns when they are gone."""
+    def _still_there(self, local: Local) -> None:
+        self._log(f"participant {local.member} ({local.purpose}) waits for {local.waits_for()}")
+
+    def _give_up(self, local: Local) -> None:
+        if local.groups and not self._stopped:
+            self._hung(
+                f"process {local.process.pid} of participant {local.member} ({local.purpose}) was killed "
+                f"{self._recover_ns / 1e9:g} s ago and is not gone, so it may still write: this node ends, for the "
+                "others to fence it; restart the machine if that does not"
+            )
+
+    async def end_all(self, reason: str) -> bool:
+        """Kills every participant. Whether they are gone, for which it waits up to `recover`: one that is not may still
+        write, and whoever does not know better must count it as failed."""
         self._stopped = True
         for local in list(self.locals.values()):
             self.evict(local, reason)
-        for local in list(self.locals.values()):
-            await self._world.process.wait_gone(local.process)
+        deadline = self._world.now() + self._recover_ns
+        while left := [local for local in self.locals.values() if not self._world.process.is_gone(local.process)]:
+            if self._world.now() >= deadline:
+                pids = ", ".join(str(local.process.pid) for local in left)
+                self._log(f"killed processes {pids} are not gone: this node counts as failed until it is fenced")
+                return False
+            await self._world.sleep_until(min(deadline, self._world.now() + self._recover_ns // 100))
+        return True
 
     # -- the watch
 
