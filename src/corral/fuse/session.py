@@ -11,7 +11,8 @@ returned too.
 Invariants
     FUSE-1  every request gets exactly one answer, FORGET, BATCH_FORGET and INTERRUPT none
     FUSE-2  the buffer a WRITE's data lies in is not read into before its handler has ended
-    FUSE-3  no answer leaves while `may_reply` says no; held answers leave in order, or become EIO by `withdraw`
+    FUSE-3  no answer leaves while `may_reply` says no, but "interrupted" (EINTR), which tells nothing of the
+            filesystem; held answers leave in order, or become EIO by `withdraw`
     FUSE-4  lookups and handles of an answer the kernel did not take are given back
     FUSE-5  notifications are never written by this thread (see notify.py)
     FUSE-6  without INC_EPOCH every entry timeout is zero
@@ -19,6 +20,11 @@ Invariants
 Interrupts: a waiting lock request (SETLKW) is cancelled and answered EINTR. Of the others only those that change
 nothing, and only when the caller is being killed: a program does not expect EINTR from stat() because a timer went off,
 and it is enough that `kill -9` works while the cluster is suspended.
+
+That goes for held answers too: whatever only looked is given up when its caller is being killed, what the answer
+promised (lookups) is taken back. An operation that has changed something, or took a lock, is never reported as
+interrupted: the kernel would go on caching what was before it. Its caller waits, killed or not, until the answer may
+leave or the mount withdraws.
 
 Caches (measured.md): no writeback cache, no AUTO_INVAL_DATA; pages are dropped by explicit notifications alone.
 """
@@ -121,6 +127,25 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 @final
+class _Held:
+    """An answer that may not leave. `interrupted`: its caller no longer wants to wait."""
+
+    __slots__ = ("error", "interrupted", "node", "opcode", "payload", "pid", "unique")
+
+    def __init__(
+        self, unique: int, opcode: int, node: int, pid: int, error: int, payload: Payload, *, interrupted: bool
+    ) -> None:
+        self.unique = unique
+        self.opcode = opcode
+        self.node = node
+        self.pid = pid
+        self.error = error
+        # A READ's buffers belong to the filesystem's cache and may change before the answer leaves.
+        self.payload = payload if isinstance(payload, bytes) else b"".join(payload)
+        self.interrupted = interrupted
+
+
+@final
 class _Waiting:
     """A request whose handler is suspended."""
 
@@ -167,7 +192,7 @@ class Session:
         self._skip = 0
         self._failure: BaseException | None = None
         self._waiting: dict[int, _Waiting] = {}
-        self._held: deque[tuple[int, int, int, int, bytes]] = deque()
+        self._held: deque[_Held] = deque()
         self._held_timer: asyncio.TimerHandle | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._ending: asyncio.Task[None] | None = None
@@ -322,10 +347,10 @@ class Session:
             first = coroutine.send(None)
         except StopIteration as end:
             self._inline += 1
-            self._answer(unique, opcode, node, 0, end.value)
+            self._answer(unique, opcode, node, 0, end.value, pid)
         except OSError as error:
             self._inline += 1
-            self._answer(unique, opcode, node, error.errno or errno.EIO, b"")
+            self._answer(unique, opcode, node, error.errno or errno.EIO, b"", pid)
         except Exception as bug:
             self._answer(unique, opcode, node, errno.EIO, b"")
             self._end(bug)
@@ -359,7 +384,13 @@ class Session:
         del self._waiting[waiting.unique]
         if waiting.mapping is not None:
             self._device.attach(waiting.mapping)
-        self._answer(waiting.unique, waiting.opcode, waiting.node, error, payload)
+        if error == errno.EINTR and waiting.interrupted:
+            self._send(waiting.unique, waiting.opcode, waiting.node, error, payload)
+        else:
+            self._answer(
+                waiting.unique, waiting.opcode, waiting.node, error, payload, waiting.pid,
+                interrupted=waiting.interrupted,
+            )  # fmt: skip
         if bug is not None:
             self._end(bug)
 
@@ -420,8 +451,15 @@ class Session:
 
     def _interrupt(self, unique: int) -> None:
         waiting = self._waiting.get(unique)
-        if waiting is None or waiting.interrupted:
-            return  # answered already: the two crossed
+        if waiting is None:
+            for held in self._held:
+                if held.unique == unique:
+                    held.interrupted = True
+                    self._release_interrupted()
+                    break
+            return  # if it is not there either, it was answered: the two crossed
+        if waiting.interrupted:
+            return
         if waiting.opcode == p.SETLKW or (waiting.opcode in _HARMLESS and _is_being_killed(waiting.pid)):
             waiting.interrupted = True
             self._interrupted += 1
@@ -429,10 +467,23 @@ class Session:
 
     # --- answers -------------------------------------------------------------------------------------------------
 
-    def _answer(self, unique: int, opcode: int, node: int, error: int, payload: Payload) -> None:
+    def _answer(
+        self,
+        unique: int,
+        opcode: int,
+        node: int,
+        error: int,
+        payload: Payload,
+        pid: int = 0,
+        *,
+        interrupted: bool = False,
+    ) -> None:
         if self._may_reply is not None and self._serving and (self._held or not self._may_reply()):
-            self._hold(unique, opcode, node, error, payload)
-            return
+            self._hold(_Held(unique, opcode, node, pid, error, payload, interrupted=interrupted))
+        else:
+            self._send(unique, opcode, node, error, payload)
+
+    def _send(self, unique: int, opcode: int, node: int, error: int, payload: Payload) -> None:
         if not self._serving:  # withdrawn while this one waited
             self._refuse(unique)
             return
@@ -451,18 +502,15 @@ class Session:
         """The kernel refused an answer: it is gone, the caller is, or the answer is not one."""
         self._undone += 1
         if not error and isinstance(payload, bytes):
-            for cleanup in self._operations.undo(opcode, node, payload):
-                self._spawn(_quietly(cleanup))
+            self._take_back(opcode, node, payload)
         if failure.errno in dev.GONE:
             self._lost(failure)
         elif failure.errno != errno.ENOENT:
             name = p.OPCODE_NAMES.get(opcode, str(opcode))
             self._end(AssertionError(f"FUSE-1: the kernel refused our answer to {name}: {failure}"))
 
-    def _hold(self, unique: int, opcode: int, node: int, error: int, payload: Payload) -> None:
-        # A READ's buffers belong to the filesystem's cache and may change before the answer leaves.
-        kept = payload if isinstance(payload, bytes) else b"".join(payload)
-        self._held.append((unique, opcode, node, error, kept))
+    def _hold(self, held: _Held) -> None:
+        self._held.append(held)
         if self._held_timer is None and self._serving:
             self._held_timer = self._loop.call_later(HELD_POLL_S, self._release_held)
 
@@ -471,13 +519,32 @@ class Session:
             self._held_timer.cancel()
             self._held_timer = None
         assert self._may_reply is not None
-        held, self._held = self._held, deque()
-        while held and self._serving and self._may_reply():
-            self._answer(*held.popleft())
-        held.extend(self._held)
-        self._held = held
-        if held and self._serving:
+        while self._held and self._serving and self._may_reply():
+            held = self._held.popleft()
+            self._send(held.unique, held.opcode, held.node, held.error, held.payload)
+        self._release_interrupted()
+        if self._held and self._serving:
             self._held_timer = self._loop.call_later(HELD_POLL_S, self._release_held)
+
+    def _release_interrupted(self) -> None:
+        """Looked at again with every poll: the kernel says it once, at the first signal, and the one that kills may
+        come later."""
+        given_up = [held for held in self._held if held.interrupted and self._may_give_up(held)]
+        for held in given_up:
+            if not self._serving:
+                return  # the kernel is gone, and every held answer with it
+            self._held.remove(held)
+            self._interrupted += 1
+            if not held.error:
+                self._take_back(held.opcode, held.node, held.payload)
+            self._send(held.unique, held.opcode, held.node, errno.EINTR, b"")
+
+    def _may_give_up(self, held: _Held) -> bool:
+        return held.opcode in _HARMLESS and _is_being_killed(held.pid)
+
+    def _take_back(self, opcode: int, node: int, payload: bytes) -> None:
+        for cleanup in self._operations.undo(opcode, node, payload):
+            self._spawn(_quietly(cleanup))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(coroutine)
@@ -506,7 +573,7 @@ class Session:
         if self._held_timer is not None:
             self._held_timer.cancel()
         while self._held:
-            self._refuse(self._held.popleft()[0])
+            self._refuse(self._held.popleft().unique)
         self._ending = self._loop.create_task(self._close())
 
     def _refuse(self, unique: int) -> None:

@@ -276,6 +276,113 @@ async def test_frozen_answers_leave_without_being_told() -> None:
         assert (await kernel.answer())[:2] == (asked, 0)
 
 
+class Killed:
+    """Which callers SIGKILL waits for, as /proc would tell."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pids: set[int] = set()
+        monkeypatch.setattr("corral.fuse.session._is_being_killed", lambda pid: pid in self.pids)
+
+
+def interrupt(kernel: Kernel, unique: int) -> None:
+    kernel.send(p.INTERRUPT, struct.pack("=Q", unique))
+
+
+def while_frozen(story: Callable[[Kernel, list[bool], Killed], Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """The story begins with the lease lapsed; `may[0] = True` ends that."""
+
+    def test(monkeypatch: pytest.MonkeyPatch) -> None:
+        async def whole() -> None:
+            may = [True]
+            async with Kernel(MemoryFilesystem(), may_reply=lambda: may[0]) as kernel:
+                await story(kernel, may, Killed(monkeypatch))
+
+        asyncio.run(asyncio.wait_for(whole(), 10))
+
+    test.__name__ = story.__name__
+    return test
+
+
+@while_frozen
+async def test_a_killed_caller_is_let_go_though_its_answer_is_held(
+    kernel: Kernel, may: list[bool], killed: Killed
+) -> None:
+    may[0] = False
+    first, second, third = (kernel.send(p.GETATTR, GETATTR, pid=pid) for pid in (1, 2, 3))
+    await kernel.held(3)
+    killed.pids.add(2)
+    interrupt(kernel, second)
+    assert (await kernel.answer())[:2] == (second, errno.EINTR)
+    may[0] = True
+    assert [(await kernel.answer())[:2] for _ in range(2)] == [(first, 0), (third, 0)]
+    assert kernel.session.statistics().interrupted == 1
+
+
+@while_frozen
+async def test_who_is_killed_after_the_first_signal_is_let_go_too(
+    kernel: Kernel, may: list[bool], killed: Killed
+) -> None:
+    may[0] = False
+    asked = kernel.send(p.GETATTR, GETATTR, pid=7)
+    await kernel.held(1)
+    interrupt(kernel, asked)  # the kernel says it once
+    await asyncio.sleep(0.02)
+    assert kernel.session.statistics().held == 1  # a program does not expect EINTR from stat()
+    killed.pids.add(7)
+    assert (await kernel.answer())[:2] == (asked, errno.EINTR)
+
+
+@while_frozen
+async def test_what_a_held_answer_promised_is_taken_back(kernel: Kernel, may: list[bool], killed: Killed) -> None:
+    node, _ = await create(kernel, b"file")
+    known = kernel.session.statistics().nodes_known
+    kernel.send(p.FORGET, struct.pack("=Q", 1), node=node)
+    assert (await kernel.ask(p.LOOKUP, b"file\0"))[0] == 0
+    kernel.send(p.FORGET, struct.pack("=Q", 1), node=node)
+    assert await kernel.silent()
+    assert kernel.session.statistics().nodes_known == known - 1
+    may[0] = False
+    asked = kernel.send(p.LOOKUP, b"file\0", pid=7)
+    await kernel.held(1)
+    assert kernel.session.statistics().nodes_known == known
+    killed.pids.add(7)
+    interrupt(kernel, asked)
+    assert (await kernel.answer())[:2] == (asked, errno.EINTR)
+    assert kernel.session.statistics().nodes_known == known - 1
+
+
+@while_frozen
+async def test_what_was_done_is_never_told_as_interrupted(kernel: Kernel, may: list[bool], killed: Killed) -> None:
+    node, handle = await create(kernel, b"file")
+    may[0] = False
+    killed.pids.add(7)
+    made = kernel.send(p.MKDIR, struct.pack("=II", 0o755, 0) + b"d\0", pid=7)
+    locked = kernel.send(p.SETLKW, lock_body(handle, 1), node=node, pid=7)
+    await kernel.held(2)
+    interrupt(kernel, made)
+    interrupt(kernel, locked)
+    await asyncio.sleep(0.02)
+    assert kernel.session.statistics().held == 2
+    may[0] = True
+    assert [(await kernel.answer())[:2] for _ in range(2)] == [(made, 0), (locked, 0)]
+
+
+@while_frozen
+async def test_an_interrupted_wait_ends_though_answers_are_held(
+    kernel: Kernel, may: list[bool], killed: Killed
+) -> None:
+    node, handle = await create(kernel, b"file")
+    assert (await kernel.ask(p.SETLKW, lock_body(handle, 1), node=node))[0] == 0
+    may[0] = False
+    held = kernel.send(p.GETATTR, GETATTR)
+    waiting = kernel.send(p.SETLKW, lock_body(handle, 2), node=node, pid=7)
+    await kernel.held(1)
+    interrupt(kernel, waiting)
+    assert (await kernel.answer())[:2] == (waiting, errno.EINTR)
+    may[0] = True
+    assert (await kernel.answer())[:2] == (held, 0)
+
+
 @stepped
 async def test_withdrawal_turns_held_and_waiting_answers_into_eio() -> None:
     may = [True]
