@@ -58,8 +58,15 @@ async def serve(world: RealWorld, socket: str, participants: str, device: str, m
         mounted = await mount(make, mountpoint, Options(source=device), may_reply=participant.may_act)
         log.info("mounted %s on %s", device, mountpoint)
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _tell_waiting, mounted, native)
-        return await _until_over(mounted, native, participant, withdrawn)
+        reason = await _until_over(mounted, native, participant, withdrawn)
+        if reason:
+            log.error("the mount of %s ended: %s", mountpoint, reason)
+        return reason
+    except ClusterError as error:
+        log.error("%s", error)
+        raise
     finally:
+        # Said before: corrald kills whoever lets go of it with something to recover.
         guardian.terminate()
         participant.close()
         disk.close()
@@ -84,16 +91,30 @@ async def _until_over(
         for over in (participant.lost, withdrawn):
             if over.done():
                 await mounted.abort(over.result())
+                await asyncio.wait((served,))
+                _why_ended(served)  # the session says the same
                 return over.result()
         await native.close()
-        return ""
+        return _why_ended(served)
     except asyncio.CancelledError:
         # SIGTERM: as `umount` would, and by force when somebody still uses it.
         async with mounted:
             pass
         await asyncio.wait((served,), timeout=UNMOUNT_SECONDS)
+        if served.done():
+            _why_ended(served)  # by our own force, if by any
         await native.close()
         return ""
+
+
+def _why_ended(served: "asyncio.Future[None]") -> str:
+    """Empty after an unmount, else the sentence. Raises what is our own bug."""
+    error = served.exception()
+    if error is None:
+        return ""
+    if isinstance(error, ClusterError):
+        return str(error)
+    raise error
 
 
 def main(socket: str, device: str, mountpoint: str) -> None:
