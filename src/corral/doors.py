@@ -79,13 +79,15 @@ class Cluster:
         """What the command line asks, as plain data: `await cluster.ask("cman.status")`."""
         return await self._client.ask(what, **arguments)
 
-    async def lockspace(self, name: str, *, value_size: int = VALUE_SIZE) -> LockSpace:
+    async def lockspace(self, name: str, *, value_size: int = VALUE_SIZE, exclusive: bool = False) -> LockSpace:
         """Joins the lockspace; the same name gives the same object. `value_size`: bytes in a value block, a multiple
-        of 8, the same on every node. Raises ClusterError when it cannot be had."""
+        of 8, the same on every node. `exclusive`: only if this node is not in it yet. Raises ClusterError when it
+        cannot be had."""
         space = self._spaces.get(name)
-        if space is not None and not space.backend.lost.done():
+        if space is not None and not space.backend.lost.done() and not exclusive:
             return space
-        backend = SocketBackend(self._world, self._client.identity.lock_socket, name, value_size, self._page)
+        socket = self._client.identity.lock_socket
+        backend = SocketBackend(self._world, socket, name, value_size, self._page, exclusive)
         await backend.open()
         space = self._spaces[name] = LockSpace(self._world, backend)
         return space
@@ -150,8 +152,8 @@ class LocalCluster:
     ) -> None:
         await self.close()
 
-    async def lockspace(self, name: str, *, value_size: int = VALUE_SIZE) -> LockSpace:
-        space = await self._locks.lockspace(name, value_size=value_size)
+    async def lockspace(self, name: str, *, value_size: int = VALUE_SIZE, exclusive: bool = False) -> LockSpace:
+        space = await self._locks.lockspace(name, value_size=value_size, exclusive=exclusive)
         if space not in self._spaces:
             self._spaces.append(space)
         return space

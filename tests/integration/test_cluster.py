@@ -119,6 +119,34 @@ def test_a_lockspace_has_one_length_of_value_blocks_on_all_nodes(local: Local) -
     asyncio.run(story())
 
 
+def test_a_lockspace_is_made_once_and_released_when_nobody_needs_it_or_by_force(local: Local) -> None:
+    async def story() -> None:
+        async with (
+            corral.connect(local.socket(1)) as one,
+            corral.connect(local.socket(1)) as same,
+            corral.connect(local.socket(2)) as two,
+            asyncio.timeout(60),
+        ):
+            space = await one.lockspace("once", exclusive=True)
+            with pytest.raises(corral.ClusterError, match="exists on this node already"):
+                await same.lockspace("once", exclusive=True)
+            beside = await same.lockspace("once")
+            there = await two.lockspace("once", exclusive=True)
+            held = await beside.lock("a", corral.EX)
+            for force in (0, 1):
+                with pytest.raises(corral.Busy, match="locks of clients of this node"):
+                    await space.release(force)
+            await space.release(2)
+            with pytest.raises(corral.LockLost):
+                await held.convert(corral.NL)
+            async with there.lock("a", corral.EX):
+                pass
+            again = await one.lockspace("once", exclusive=True)
+            await again.release()
+
+    asyncio.run(story())
+
+
 def test_a_client_that_dies_frees_its_locks_at_once(local: Local) -> None:
     script = (
         "import asyncio, corral, sys\n"

@@ -210,6 +210,9 @@ class Lockspace(Protocol):
         A request that is illegal completes with its negative errno like any other."""
 
     async def close(self) -> None: ...
+    async def release(self, force: int = 0) -> None:
+        """This node leaves the lockspace, for every client here. Raises Busy while it is in use: with `force` 0 by
+        locks of clients here or locks of others mastered here, with 1 by locks of clients here; with 2 never."""
 
 
 class LockManager(Protocol):
@@ -217,4 +220,5 @@ class LockManager(Protocol):
     def local(self) -> bool:
         """True: one member only, single-node shortcuts are allowed."""
 
-    async def lockspace(self, name: str, *, value_size: int = VALUE_SIZE) -> Lockspace: ...
+    async def lockspace(self, name: str, *, value_size: int = VALUE_SIZE, exclusive: bool = False) -> Lockspace:
+        """Raises ClusterError: others have another length, or with `exclusive` this node is in it already."""

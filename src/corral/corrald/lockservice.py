@@ -25,6 +25,8 @@ from corral.providers.ipc_wire import (
     FromLockService,
     Opened,
     OpenSpace,
+    Released,
+    ReleaseSpace,
     SpaceGone,
     SubmitBatch,
 )
@@ -116,6 +118,8 @@ class Client:
                 self._submit(message)
             elif isinstance(message, OpenSpace):
                 self._open(message)
+            elif isinstance(message, ReleaseSpace):
+                self._service.world.spawn(self._release(message.space, message.force), "release a lockspace")
             else:
                 assert isinstance(message, CloseSpace)
                 self._close_space(message.space)
@@ -146,7 +150,7 @@ class Client:
         elif len(self._spaces) >= SPACES_PER_CLIENT:
             self.tell(Opened(message.space, f"one connection opens at most {SPACES_PER_CLIENT} lockspaces"))
         else:
-            space = service.space(message.name, message.value_size)
+            space = service.space(message.name, message.value_size, message.exclusive)
             if isinstance(space, str):
                 self.tell(Opened(message.space, space))
             else:
@@ -191,6 +195,34 @@ class Client:
             space.users.pop(user, None)
             if space.opening.done():
                 space.native.client_gone(user)
+
+    async def _release(self, number: int, force: int) -> None:
+        found = self._spaces.get(number)
+        if found is None or not found[0].opening.done():
+            self.tell(Released(number, "this connection has no such lockspace open"))
+            return
+        space = found[0]
+        if space.native.engine.busy(force):
+            what = "locks of clients of this node" if space.native.engine.busy(1) else "locks of other nodes"
+            self.tell(Released(number, f"lockspace {space.native.name} has {what}; end them, or release it by force"))
+            return
+        for user, (client, its_number) in sorted(space.users.items()):
+            client.forget(its_number)
+            space.native.client_gone(user)
+            if (client, its_number) != (self, number):
+                client.tell(SpaceGone(its_number, f"lockspace {space.native.name} was released on this node"))
+        space.users.clear()
+        try:
+            await space.native.close()
+        except ClusterError as error:
+            self.tell(Released(number, str(error)))
+            return
+        self._service.forget(space)
+        self.tell(Released(number, ""))
+
+    def forget(self, number: int) -> None:
+        """The lockspace of this number is gone."""
+        self._spaces.pop(number, None)
 
     # -- what it is told: all that its own requests caused, and everything of one loop turn, in one message
 
@@ -250,13 +282,15 @@ class LockService:
         self._user += 1
         return self._user
 
-    def space(self, name: str, value_size: int) -> Space | str:
+    def space(self, name: str, value_size: int, exclusive: bool) -> Space | str:
         """The lockspace of that name, joined on first use; or the reason why not."""
         space = self.spaces.get(name)
         if space is None:
             if len(self.spaces) >= SPACES_MAX:
                 return f"this node has {SPACES_MAX} lockspaces open; close one first"
             space = self.spaces[name] = Space(self, name, value_size)
+        elif exclusive:
+            return f"lockspace {name} exists on this node already; open it without `exclusive`, or release it first"
         elif space.value_size != value_size:
             return f"lockspace {name} has value blocks of {space.value_size} bytes here, not {value_size}"
         return space

@@ -150,6 +150,11 @@ class LockspaceEngine(Requests):
             return f"recovering: {STAGE_NAMES[self.recovery.stage]}"
         return PHASE_NAMES[self.phase]
 
+    def busy(self, force: int) -> bool:
+        """Whether leaving this lockspace is refused. Force 0: while clients here have locks or locks of others are
+        mastered here; 1: while clients here have locks; 2 and above: never."""
+        return force < 2 and (self.space.lock_count > 0 or (force < 1 and bool(self.space.copies)))
+
     # --- time --------------------------------------------------------------------------------------------------------
 
     def _tick(self, now: Instant) -> None:

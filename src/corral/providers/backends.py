@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final, final
 
 from corral.api.dlm import Completion, Request
-from corral.base.errors import ClusterError, LockLost, PeerError
+from corral.base.errors import Busy, ClusterError, LockLost, PeerError
 from corral.base.time import Instant
 from corral.base.world import Connection, World
 from corral.providers.ipc_wire import (
@@ -23,6 +23,8 @@ from corral.providers.ipc_wire import (
     CompletedBatch,
     Opened,
     OpenSpace,
+    Released,
+    ReleaseSpace,
     SpaceGone,
     SubmitBatch,
 )
@@ -93,11 +95,15 @@ class SocketBackend:
     What is submitted in one loop turn leaves in one message.
     """
 
-    def __init__(self, world: World, socket: str, name: str, value_size: int, page: PageReader) -> None:
+    def __init__(
+        self, world: World, socket: str, name: str, value_size: int, page: PageReader, exclusive: bool = False
+    ) -> None:
         self.name: Final = name
         self.value_size: Final = value_size
         self.lost: asyncio.Future[str] = world.future()
         self.lease_until: Callable[[], Instant] = page.lease_until
+        self._exclusive = exclusive
+        self._released: asyncio.Future[str] | None = None
         self._world = world
         self._socket = socket
         self._loop = asyncio.get_running_loop()
@@ -115,7 +121,7 @@ class SocketBackend:
                 f"the lock service does not answer at {self._socket} ({error.strerror or error}); "
                 "is corrald of this node running?"
             ) from None
-        self._connection.send([TO_LOCK_SERVICE.encode(OpenSpace(1, self.name, self.value_size))])
+        self._connection.send([TO_LOCK_SERVICE.encode(OpenSpace(1, self.name, self.value_size, self._exclusive))])
         await self._opened
 
     def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
@@ -136,6 +142,17 @@ class SocketBackend:
             self._flush()
             self._connection.send([TO_LOCK_SERVICE.encode(CloseSpace(1))])
             self._end("the lockspace was closed")
+
+    async def release(self, force: int) -> None:
+        """Raises Busy when the lockspace is in use for that force, LockLost when it is lost already."""
+        if self._connection is None or self.lost.done():
+            raise LockLost(self.lost.result() if self.lost.done() else "the lockspace is not open")
+        self._released = self._world.future()
+        self._flush()
+        self._connection.send([TO_LOCK_SERVICE.encode(ReleaseSpace(1, force))])
+        if error := await self._released:
+            raise Busy(error)
+        self._end("the lockspace was released")
 
     def _flush(self) -> None:
         operations, self._outgoing = self._outgoing, []
@@ -164,6 +181,9 @@ class SocketBackend:
                     self._books.block(handle, mode)
             elif isinstance(message, Opened):
                 self._open_answer(message.error)
+            elif isinstance(message, Released):
+                if self._released is not None and not self._released.done():
+                    self._released.set_result(message.error)
             else:
                 assert isinstance(message, SpaceGone)
                 self._end(message.reason)
@@ -184,6 +204,8 @@ class SocketBackend:
             self.lost.set_result(reason)
             self.lease_until = _no_lease
         self._open_answer(reason)
+        if self._released is not None and not self._released.done():
+            self._released.set_result(reason)
         if self._connection is not None:
             self._connection.close()
 
@@ -230,6 +252,13 @@ class NativeBackend:
 
     def forget(self, handle: int) -> None:
         self._books.forget(handle)
+
+    async def release(self, force: int) -> None:
+        """Raises Busy when the lockspace is in use for that force."""
+        if self._native.engine.busy(force):
+            raise Busy(f"lockspace {self.name} has locks; end them, or release it by force")
+        await self.close()
+        self._lost("the lockspace was released")
 
     async def close(self) -> None:
         self._native.client_gone(self._client)

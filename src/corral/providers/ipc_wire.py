@@ -149,6 +149,7 @@ class OpenSpace(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=64):
     space: int  # the client's own number for it
     name: str
     value_size: int
+    exclusive: bool = False  # refuse if this node is in the lockspace already
 
 
 class SubmitBatch(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=65):
@@ -162,6 +163,13 @@ class CloseSpace(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=66)
     """Frees every lock of this client in the space."""
 
     space: int
+
+
+class ReleaseSpace(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=67):
+    """This node leaves the lockspace, for every client here, unless it is busy for that `force`."""
+
+    space: int
+    force: int
 
 
 class Opened(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=80):
@@ -190,7 +198,14 @@ class SpaceGone(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=83):
     reason: str
 
 
-ToLockService = OpenSpace | SubmitBatch | CloseSpace
-TO_LOCK_SERVICE: Codec[ToLockService] = Codec((OpenSpace, SubmitBatch, CloseSpace))
-FromLockService = Opened | CompletedBatch | BlockingBatch | SpaceGone
-FROM_LOCK_SERVICE: Codec[FromLockService] = Codec((Opened, CompletedBatch, BlockingBatch, SpaceGone))
+class Released(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=84):
+    """`error` empty: this node has left the lockspace; the client's number for it is free."""
+
+    space: int
+    error: str
+
+
+ToLockService = OpenSpace | SubmitBatch | CloseSpace | ReleaseSpace
+TO_LOCK_SERVICE: Codec[ToLockService] = Codec((OpenSpace, SubmitBatch, CloseSpace, ReleaseSpace))
+FromLockService = Opened | CompletedBatch | BlockingBatch | SpaceGone | Released
+FROM_LOCK_SERVICE: Codec[FromLockService] = Codec((Opened, CompletedBatch, BlockingBatch, SpaceGone, Released))

@@ -12,7 +12,7 @@ from typing import Final, final
 
 from corral.api.dlm import ECANCEL, EUNLOCK, VALUE_SIZE, Completion, Request
 from corral.base.engine import TICK
-from corral.base.errors import ClusterError, LockLost
+from corral.base.errors import Busy, ClusterError, LockLost
 from corral.base.ids import NAME_MAX
 from corral.base.time import FOREVER, Instant
 from corral.base.world import Timer, World
@@ -82,6 +82,12 @@ class LocalBackend:
     def forget(self, handle: int) -> None:
         self._blocking.pop(handle, None)
 
+    async def release(self, force: int) -> None:
+        """Raises Busy when the lockspace is in use for that force."""
+        if self.engine.busy(force):
+            raise Busy(f"lockspace {self.name} has locks; end them, or release it by force")
+        await self.close()
+
     async def close(self) -> None:
         if self.lost.done():
             return
@@ -150,12 +156,14 @@ class LocalLocks:
         self._world = world
         self._spaces: dict[str, LockSpace] = {}
 
-    async def lockspace(self, name: str, *, value_size: int = VALUE_SIZE) -> LockSpace:
+    async def lockspace(self, name: str, *, value_size: int = VALUE_SIZE, exclusive: bool = False) -> LockSpace:
         if not 0 < len(name.encode()) <= NAME_MAX:
             raise ValueError(f"a lockspace name is 1 to {NAME_MAX} bytes")
         if value_size % 8 or not 8 <= value_size <= 4096:
             raise ValueError(f"a value block is 8 to 4096 bytes, in steps of 8, not {value_size}")
         space = self._spaces.get(name)
+        if space is not None and exclusive:
+            raise ClusterError(f"lockspace {name} exists already; open it without `exclusive`, or release it first")
         if space is not None:
             backend = space.backend
             assert isinstance(backend, LocalBackend)

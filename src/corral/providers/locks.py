@@ -64,6 +64,8 @@ class Backend(Protocol):
         """The lock of this handle is over."""
 
     async def close(self) -> None: ...
+    async def release(self, force: int) -> None:
+        """Raises Busy."""
 
 
 class FastBackend(Backend, Protocol):
@@ -296,6 +298,15 @@ class LockSpace:
 
     def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
         return self.backend.submit(requests, completed, blocking)
+
+    async def release(self, force: int = 0) -> None:
+        """This node leaves the lockspace; every client of it here loses it. Raises Busy: with `force` 0 while there
+        are locks of clients here or of other nodes mastered here, with 1 while clients here have locks. Kept locks
+        that nobody uses are given back first."""
+        for held in list(self._kept.values()):
+            if not held._in_use:
+                self.give_back(held)
+        await self.backend.release(force)
 
     async def close(self) -> None:
         """Every lock of this lockspace is given back."""

@@ -26,7 +26,7 @@ from typing import Final, final
 from corral.api.cman import LEVEL_GFS
 from corral.api.dlm import Request
 from corral.api.gfs import Notifier
-from corral.base.errors import ClusterError
+from corral.base.errors import Busy, ClusterError
 from corral.base.ids import MemberId
 from corral.base.time import Instant
 from corral.base.view import Round
@@ -79,6 +79,9 @@ class _Unclosed:
 
     async def close(self) -> None:
         """Nothing: `NativeMount.close` gives the locks back."""
+
+    async def release(self, force: int = 0) -> None:
+        raise Busy(f"lockspace {self.name} belongs to a mounted filesystem; unmount it")
 
 
 @final

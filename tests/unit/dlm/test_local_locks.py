@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from corral.api.dlm import CR, EX, NL, PR, Request
-from corral.base.errors import ClusterError, Deadlock, LockLost, TimedOut, WouldBlock
+from corral.base.errors import Busy, ClusterError, Deadlock, LockLost, TimedOut, WouldBlock
 from corral.base.time import SECOND
 from corral.providers import locks
 from corral.providers.local import LocalLocks
@@ -45,6 +45,28 @@ def test_a_lock_excludes_hands_over_and_its_token_grows():
         (_, _, first), (_, _, second) = log[0], log[2]
         assert [entry[0] for entry in log] == ["a", "a", "b", "b"]
         assert second > first
+
+    locally(body)
+
+
+def test_a_lockspace_is_made_once_and_released_by_force_if_need_be():
+    async def body(manager, world):
+        space = await manager.lockspace("orders", exclusive=True)
+        with pytest.raises(ClusterError, match="exists already"):
+            await manager.lockspace("orders", exclusive=True)
+        async with space.lock("kept", EX, keep=True):
+            pass
+        held = await space.lock("x", EX)
+        for force in (0, 1):
+            with pytest.raises(Busy):
+                await space.release(force)
+        await space.release(2)
+        with pytest.raises(LockLost):
+            await held.convert(NL)
+        space = await manager.lockspace("orders", exclusive=True)
+        async with space.lock("kept", EX, keep=True):
+            pass
+        await space.release()
 
     locally(body)
 

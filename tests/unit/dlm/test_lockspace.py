@@ -39,6 +39,17 @@ def test_of_two_that_come_together_the_higher_stays_out():
     assert [(node, type(event)) for node, event in members.heard] == [(2, Misfit), (2, SpaceLost)]
 
 
+def test_a_member_is_busy_by_its_locks_and_by_what_it_masters_for_others():
+    members = Members(1, 2)
+    members.submit(1, 1, 1, Request("lock", b"r", NL))
+    members.submit(2, 1, 1, Request("lock", b"r", NL))
+    assert [members.engines[1].busy(force) for force in range(4)] == [True, True, False, False]
+    members.submit(1, 1, 1, Request("unlock"))
+    assert [members.engines[1].busy(force) for force in range(4)] == [True, False, False, False]
+    members.submit(2, 1, 1, Request("unlock"))
+    assert not members.engines[1].busy(0)
+
+
 def test_who_waits_long_is_told_once_and_only_if_it_wants_to_be():
     members = Members(1, 2, warn_ns=5 * SECOND)
     members.submit(1, 1, 1, Request("lock", b"r", EX))
