@@ -15,7 +15,6 @@ from corral import fuse
 from corral.api.gfs import Filesystem, Notifier
 from corral.gfs import fsck, mkfs
 from corral.gfs.mount import mount
-from corral.gfs.volume import Options
 from corral.real.world import RealWorld
 
 SIZE = 256 << 20
@@ -27,7 +26,7 @@ async def main(path: str, image: str, minor: int | None) -> None:
     await mkfs.format(world, disk, cluster="test", name="posix", journals=1)
 
     async def make(notifier: Notifier) -> Filesystem:
-        filesystem = await mount(world, disk, None, slot=0, notifier=notifier, options=Options(entry_cache=True))
+        filesystem = await mount(world, disk, None, slot=0, notifier=notifier)
         await filesystem.start(None)
         filesystem.finish(None)
         return filesystem

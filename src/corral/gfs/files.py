@@ -85,7 +85,7 @@ class Files(Content):
         try:
             if not inode.nlink and not inode.opens and not inode.is_directory:
                 raise OSError(ESTALE, "the file was removed")
-            return inode.attributes(self.ino_of(inode.number)), self.attributes_valid(inode)
+            return inode.attributes(self.ino_of(inode.number)), self.cache_valid
         finally:
             self.drop(inode, SH)
 
@@ -98,7 +98,7 @@ class Files(Content):
         try:
             self._apply(inode, changes)
             self.touch(inode)
-            return inode.attributes(self.ino_of(inode.number)), self.attributes_valid(inode)
+            return inode.attributes(self.ino_of(inode.number)), self.cache_valid
         finally:
             self.drop(inode, EX)
 

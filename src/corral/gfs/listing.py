@@ -66,6 +66,10 @@ class Listing(Renames):
                 inode = await self.hold_named(one.number, one.formal, SH)
                 if inode.nlink:
                     entry = self.entry(inode)
+                    if not self.locks.table.local:
+                        # The kernel dates names out of a listing when it reads the answer, not when it asked: the
+                        # directory may have changed hands in between, and nothing would tell it.
+                        entry.entry_valid_ns = 0
                 self.drop(inode, SH)
             except OSError as error:
                 if error.errno not in (ESTALE, EIO) or self.refusal is not None:

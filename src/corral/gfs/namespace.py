@@ -23,7 +23,6 @@ from corral.gfs.glock import EX, INODE, IOPEN, SH, TRY, TRY_CALLBACK, Glock
 from corral.gfs.inode import S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, Inode
 from corral.gfs.references import References
 from corral.gfs.rgrp import Rgrp
-from corral.gfs.volume import FOREVER_VALID
 
 LINK_MAX: Final = (1 << 32) - 2
 S_ISGID: Final = 0o2000
@@ -53,14 +52,8 @@ class Namespace(References):
         """What LOOKUP and its kin answer; counts as one lookup. The inode's glock is held."""
         inode.lookups += 1
         ino = self.ino_of(inode.number)
-        valid = self.attributes_valid(inode)
-        return Entry(ino, inode.formal, inode.attributes(ino), FOREVER_VALID if self.options.entry_cache else 0, valid)
-
-    def attributes_valid(self, inode: Inode) -> int:
-        """How long the kernel may keep attributes: until we tell it otherwise, if we can tell it."""
-        if self.locks.table.local or self.notifier is not None:
-            return FOREVER_VALID
-        return 0
+        valid = self.cache_valid
+        return Entry(ino, inode.formal, inode.attributes(ino), valid, valid)
 
     # --- finding -----------------------------------------------------------------------------------------------------
 

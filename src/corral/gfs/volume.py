@@ -37,21 +37,18 @@ FOREVER_VALID: Final = 3600 * SECOND  # how long the kernel may believe what a c
 
 class Options:
     """`commit_ns`: the longest time an acknowledged namespace operation stays undurable without fsync.
-    `strict`: every open is DIRECT_IO. `entry_cache`: the kernel's dentries can be invalidated (INC_EPOCH), or nobody
-    else can change a directory. `withdrawn(reason)` is called once."""
+    `strict`: every open is DIRECT_IO. `withdrawn(reason)` is called once."""
 
     def __init__(
         self,
         *,
         commit_ns: int = 5 * SECOND,
         strict: bool = False,
-        entry_cache: bool = False,
         min_hold_ns: int | None = None,
         withdrawn: Callable[[str], None] | None = None,
     ) -> None:
         self.commit_ns = commit_ns
         self.strict = strict
-        self.entry_cache = entry_cache
         self.min_hold_ns = min_hold_ns
         self.withdrawn = withdrawn
 
@@ -158,6 +155,11 @@ class Volume:
 
     def ino_of(self, number: int) -> int:
         return ROOT if number == self.root else number
+
+    @property
+    def cache_valid(self) -> int:
+        """How long the kernel may keep names and attributes: until we tell it otherwise, if we can tell it."""
+        return FOREVER_VALID if self.locks.table.local or self.notifier is not None else 0
 
     # --- blocks ------------------------------------------------------------------------------------------------------
 

@@ -299,13 +299,14 @@ class Syscalls:
     async def _readdir(self, inode: KernelInode, handle: int, cookie: int) -> list[Dirent]:
         """READDIRPLUS: every entry but "." and ".." counts as a lookup."""
         kernel = self._kernel
-        epoch, version = kernel.epoch, kernel.version
+        version = kernel.version
         batch = await kernel.request(
             "readdir", lambda fs: fs.readdir(inode.ino, handle, cookie, READDIR_SIZE, plus=True)
         )
         for dirent in batch:
             if dirent.entry is not None and dirent.entry.ino and dirent.name not in (b".", b".."):
-                kernel.learn(inode, dirent.name, dirent.entry, epoch, version)
+                # Linux takes the epoch when it reads the answer (fuse_direntplus_link), unlike LOOKUP and CREATE.
+                kernel.learn(inode, dirent.name, dirent.entry, kernel.epoch, version)
         return list(batch)
 
     # --- files -------------------------------------------------------------------------------------------------------
