@@ -68,6 +68,7 @@ class MemoryFilesystem:
         self.attr_valid_ns = attr_valid_ns
         self.keep = False
         self.direct = False
+        self.tell_close = True
         self.destroyed = False
         self.hits: Counter[str] = Counter()
         self.appends = 0
@@ -317,7 +318,7 @@ class MemoryFilesystem:
         node = self._node(ino)
         if flags & os.O_TRUNC:
             self._truncate(node, 0)
-        return Opened(self._open(node), direct=self.direct, keep=self.keep)
+        return Opened(self._open(node), direct=self.direct, keep=self.keep, flush=self.tell_close)
 
     async def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Entry, Opened]:
         await self._pass("create")
@@ -327,7 +328,7 @@ class MemoryFilesystem:
         node = existing or self._add(parent, name, stat.S_IFREG | mode, caller)
         if flags & os.O_TRUNC:
             self._truncate(node, 0)
-        return self._entry(node), Opened(self._open(node), direct=self.direct, keep=self.keep)
+        return self._entry(node), Opened(self._open(node), direct=self.direct, keep=self.keep, flush=self.tell_close)
 
     async def read(self, ino: int, handle: int, offset: int, size: int) -> Sequence[Buffer]:
         await self._pass("read")

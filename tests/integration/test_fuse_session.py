@@ -321,3 +321,16 @@ def test_an_ordinary_user_mounts_through_fusermount3(tmp_path_factory: pytest.Te
         )
         fuse.unmount(directory, lazy=True)
     assert done.stdout.split() == ["hello", "fuse.corral", "None"], done.stderr
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_close_is_told_only_where_the_filesystem_wants_it(mountpoint: Path, told: bool) -> None:
+    async def story(mounted: fuse.Mount, filesystem: MemoryFilesystem) -> None:
+        if mounted.session.statistics().minor < 35:
+            pytest.skip("this kernel always tells (before Linux 5.16)")
+        filesystem.tell_close = told
+        await call((mountpoint / "file").write_bytes, b"x")
+        await call((mountpoint / "file").read_bytes)
+        assert filesystem.hits["flush"] == (2 if told else 0)
+
+    serve(mountpoint, story)

@@ -105,7 +105,7 @@ class Application:
             await world.sleep_until(world.now() + world.rng.randrange(self.think_ns))
 
     def work(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
-        return [self.count, self.count, self.append, self.private, self.look, self.list]
+        return [self.count, self.count, self.append, self.private, self.move, self.look, self.list]
 
     def done(self) -> None:
         self.acknowledged.operations += 1
@@ -179,6 +179,24 @@ class Application:
         await self.calls.fsync_directory("/shared")
         acknowledged.private[key] = new
         acknowledged.doubtful.discard(key)
+        self.done()
+
+    async def move(self) -> None:
+        """Renames a file of this node's own over another name: the old name is gone everywhere, the file is not."""
+        rng, acknowledged = self.world.rng, self.acknowledged
+        keys = sorted(
+            {(self.number, b"private%d.%d" % (self.number, each)) for each in range(6)} - acknowledged.doubtful
+        )
+        here = [key for key in keys if acknowledged.private.get(key) is not None]
+        if not here or len(keys) < 2:
+            return
+        old = rng.choice(here)
+        new = rng.choice([key for key in keys if key != old])
+        acknowledged.doubtful.update((old, new))
+        await self.calls.rename(b"/shared/" + old[1], b"/shared/" + new[1])
+        await self.calls.fsync_directory("/shared")
+        acknowledged.private[new], acknowledged.private[old] = acknowledged.private[old], None
+        acknowledged.doubtful -= {old, new}
         self.done()
 
     async def content(self, name: bytes) -> bytes | None:

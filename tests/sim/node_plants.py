@@ -103,16 +103,12 @@ def no_statfs_of_the_dead(patch: pytest.MonkeyPatch) -> None:
 
 
 def open_unknown_to_others(patch: pytest.MonkeyPatch) -> None:
-    """An open takes no lock that others could see: they free the file when its last name goes."""
+    """An inode's glock is given up and no lock is left that says it is open: others free it with its last name."""
 
-    async def hold_iopen(self: GfsFilesystem, inode: Inode) -> None:
-        inode.opens += 1
+    async def publish_opens(self: GfsFilesystem, inode: Inode) -> None:
+        return
 
-    async def drop_iopen(self: GfsFilesystem, inode: Inode) -> None:
-        inode.opens -= 1
-
-    patch.setattr(GfsFilesystem, "hold_iopen", hold_iopen)
-    patch.setattr(GfsFilesystem, "drop_iopen", drop_iopen)
+    patch.setattr(GfsFilesystem, "publish_opens", publish_opens)
 
 
 class Plant(NamedTuple):

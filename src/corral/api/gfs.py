@@ -68,11 +68,13 @@ class Changes(msgspec.Struct, gc=False):
 
 
 class Opened(msgspec.Struct, gc=False):
-    """`handle` goes into later requests. `direct`: bypass the page cache; `keep`: its old pages are still right."""
+    """`handle` goes into later requests. `direct`: bypass the page cache; `keep`: its old pages are still right;
+    `flush`: close(2) of a descriptor must be told, because it ends record locks of its process."""
 
     handle: int
     direct: bool = False
     keep: bool = False
+    flush: bool = True
 
 
 class Dirent(msgspec.Struct, gc=False):

@@ -148,7 +148,7 @@ class Operations:
     # --- files ---------------------------------------------------------------------------------------------------
 
     def _open_flags(self, opened: Opened) -> int:
-        flags = p.FOPEN_KEEP_CACHE if opened.keep else 0
+        flags = (p.FOPEN_KEEP_CACHE if opened.keep else 0) | (0 if opened.flush else p.FOPEN_NOFLUSH)
         if opened.direct:
             flags |= p.FOPEN_DIRECT_IO | (p.FOPEN_PARALLEL_DIRECT_WRITES if self.parallel_writes else 0)
         return flags

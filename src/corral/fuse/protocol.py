@@ -129,6 +129,7 @@ FATTR_KILL_SUIDGID: Final = 1 << 11
 FOPEN_DIRECT_IO: Final = 1 << 0
 FOPEN_KEEP_CACHE: Final = 1 << 1
 FOPEN_CACHE_DIR: Final = 1 << 3
+FOPEN_NOFLUSH: Final = 1 << 5  # no FLUSH at close(2); unknown, and so ignored, before minor 35
 FOPEN_PARALLEL_DIRECT_WRITES: Final = 1 << 6
 
 # minors from which a flag may be sent

@@ -21,6 +21,10 @@ O_DIRECT: Final = 0o40000
 class Files(Content):
     """Handles, attributes and durability."""
 
+    @property
+    def has_record_locks(self) -> bool:
+        return self.locks.table.local
+
     def _opened(self, inode: Inode, flags: int) -> Opened:
         writable = flags & O_ACCMODE != O_RDONLY
         if writable:
@@ -29,7 +33,7 @@ class Files(Content):
         self._next_handle += 1
         self.handles[number] = Handle(inode, flags, writable)
         direct = self.options.strict or bool(flags & O_DIRECT)
-        return Opened(number, direct=direct, keep=not direct)
+        return Opened(number, direct=direct, keep=not direct, flush=self.has_record_locks)
 
     async def open(self, ino: int, flags: int, caller: Caller) -> Opened:
         inode = self.known(ino)
@@ -41,7 +45,7 @@ class Files(Content):
                 raise OSError(EISDIR, "is a directory")
             if not inode.nlink and not inode.opens:
                 raise OSError(ESTALE, "the file was removed")
-            await self.hold_iopen(inode)
+            inode.opens += 1
         finally:
             self.drop(inode, state)
         opened = self._opened(inode, flags)
@@ -60,7 +64,7 @@ class Files(Content):
         inode = found.inode
         if found.writable:
             inode.write_opens -= 1
-        await self.drop_iopen(inode)
+        await self.close_one(inode)
 
     async def opendir(self, ino: int, flags: int, caller: Caller) -> Opened:
         inode = self.known(ino)

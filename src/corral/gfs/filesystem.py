@@ -157,7 +157,7 @@ class GfsFilesystem(Files):
 
     def _needs_local(self) -> None:
         """Never node-local where others mount too: until ranges go through the dlm the answer is ENOSYS."""
-        if not self.locks.table.local:
+        if not self.has_record_locks:
             raise OSError(ENOSYS, "record locks over several nodes are not there yet; flock works")
 
     async def _flock(self, inode: Inode, owner: int, kind: int, *, wait: bool) -> None:

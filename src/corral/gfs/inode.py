@@ -84,7 +84,7 @@ class Inode(Meta):
         self.lookups = 0
         self.opens = 0
         self.write_opens = 0
-        self.iopen: Any = None  # the iopen glock while open here
+        self.iopen: Glock | None = None  # held in SH while others must see that it is open here
         self.error = 0  # errno of a failed write-behind, reported once by fsync
         self.transaction = 0  # newest transaction with a change of it
         self.metadata_transaction = 0  # the same, changes of times alone left out: what fdatasync waits for

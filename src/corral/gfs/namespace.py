@@ -19,7 +19,7 @@ from corral.base.time import MILLISECOND
 from corral.gfs import format as fmt
 from corral.gfs.directory import Directory, Found
 from corral.gfs.format import BlockDamaged, name_hash
-from corral.gfs.glock import EX, INODE, IOPEN, SH, TRY, TRY_CALLBACK, Glock
+from corral.gfs.glock import EX, INODE, SH, TRY, TRY_CALLBACK, Glock
 from corral.gfs.inode import S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, Inode
 from corral.gfs.references import References
 from corral.gfs.rgrp import Rgrp
@@ -135,7 +135,7 @@ class Namespace(References):
         target: bytes = b"",
         opened: bool = False,
     ) -> Inode:
-        """A new inode with a name. With `opened` its iopen glock is held in SH before anybody can see it."""
+        """A new inode with a name. With `opened` it counts as open before anybody can see it."""
         check_name(name)
         await self.throttle()
         await self.ensure_formal()
@@ -182,7 +182,6 @@ class Namespace(References):
     ) -> Inode:
         locks = self.locks
         space = await self.space(1 + directory.growth(name, hashed), parent.goal_dinode or parent.number, parent)
-        fresh: Inode | None = None
         glock: Glock | None = None
         made = False
         number = 0
@@ -196,10 +195,8 @@ class Namespace(References):
                 aside.append(number)
                 glock = await self._glock_of_free(number)
             formal = self.take_formal()
-            fresh = self.adopt(number, formal)
-            if opened:
-                await self.hold_iopen(fresh)
             # From here on nothing waits: one step, one transaction.
+            fresh = self.adopt(number, formal)
             directory.add(space, name, hashed, formal, number, mode >> 12)
             space.rgrp.take_dinode(number)
             space.add(space.rgrp)
@@ -210,6 +207,7 @@ class Namespace(References):
                 parent.nlink += 1
             self.directory_changed(parent, directory)
             self.touch(fresh)
+            fresh.opens = int(opened)
             made = True
             self._fetch_next_glocks(space.rgrp, number)
             return fresh
@@ -220,8 +218,6 @@ class Namespace(References):
             space.done()
             if glock is not None:
                 locks.drop(glock, EX)
-            if fresh is not None and fresh.opens and not made:
-                await self.drop_iopen(fresh)
 
     def _fetch_next_glocks(self, rgrp: Rgrp, number: int) -> None:
         """Asks at once for the glocks of the dinodes that will be made next: one by one each costs a round trip."""
@@ -237,7 +233,6 @@ class Namespace(References):
         ahead.update(wanted)
         for one in wanted:
             locks.fetch(locks.table.get(INODE, one), EX)
-            locks.fetch(locks.table.get(IOPEN, one), SH)
         locks.pump()
 
     def _fill(self, inode: Inode, parent: Inode, mode: int, caller: Caller, rdev: int, target: bytes) -> None:

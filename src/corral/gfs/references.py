@@ -1,4 +1,9 @@
-"""Last references: opens counted by iopen glocks, and the end of an inode that has lost its last name."""
+"""Last references: open files that others can see, and the end of an inode that has lost its last name.
+
+Whoever frees an inode holds its glock in EX and then asks for its iopen glock in EX. So an open file needs no lock of
+its own while this node holds the inode's glock; before that is given up, the iopen glock is taken in SH
+(`publish_opens`) and kept until the last close.
+"""
 
 from errno import (
     EAGAIN,
@@ -15,24 +20,27 @@ from corral.gfs.volume import Volume
 class References(Volume):
     """Open counts and freeing; `free_content` comes with files."""
 
-    async def hold_iopen(self, inode: Inode) -> None:
-        """One more open here: each holds the iopen glock in SH (taken under the inode's glock)."""
-        glock = inode.iopen
-        if glock is None or glock.forgotten:
-            glock = self.locks.table.get(IOPEN, inode.number)
-        if not self.locks.table.try_hold(glock, SH):
-            await self.locks.hold(glock, SH)
-        inode.iopen = glock
-        inode.opens += 1
+    async def publish_opens(self, inode: Inode) -> None:
+        """The inode's glock is about to go: from here on the iopen glock says that the file is open here."""
+        if not inode.opens or inode.iopen is not None:
+            return
+        glock = self.locks.table.get(IOPEN, inode.number)
+        await self.locks.hold(glock, SH)
+        if inode.opens:
+            inode.iopen = glock
+        else:  # closed meanwhile
+            self.locks.drop(glock, SH)
 
-    async def drop_iopen(self, inode: Inode) -> None:
+    async def close_one(self, inode: Inode) -> None:
         """One open less. The last one of a file without names frees it."""
         inode.opens -= 1
-        self.locks.drop(inode.iopen, SH)
-        if not inode.opens:
-            inode.iopen = None
-            if inode.loaded and not inode.nlink:
-                await self.reclaim(inode)
+        if inode.opens:
+            return
+        glock, inode.iopen = inode.iopen, None
+        if glock is not None:
+            self.locks.drop(glock, SH)
+        if inode.loaded and not inode.nlink:
+            await self.reclaim(inode)
 
     async def reclaim_quietly(self, number: int, formal: int) -> None:
         try:

@@ -496,6 +496,7 @@ class Volume:
                 if cached.write_opens:
                     target = UN  # pages of a file open for writing are cached under EX only
                 if target == UN:
+                    await self.publish_opens(cached)
                     await self._invalidate_kernel(cached)
             if glock.kind != IOPEN:
                 await self.locks.wait_drained(glock)  # on the way to SH too reads are served until here
@@ -556,6 +557,9 @@ class Volume:
         self.world.spawn(self.reclaim_quietly(number, 0), "gfs: reclaim")
 
     async def reclaim_quietly(self, number: int, formal: int) -> None:
+        raise NotImplementedError
+
+    async def publish_opens(self, inode: Inode) -> None:
         raise NotImplementedError
 
     # --- figures -----------------------------------------------------------------------------------------------------

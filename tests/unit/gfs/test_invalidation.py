@@ -11,7 +11,7 @@ from tests.sim.gfs_nodes import ME, Cluster
 from tests.unit.gfs.world import World
 
 from corral.api.gfs import ROOT
-from corral.gfs.glock import EX, INODE, INVALIDATING, SH, UN
+from corral.gfs.glock import EX, INODE, INVALIDATING, IOPEN, SH, UN
 
 O_RDONLY, O_RDWR = 0, 2
 
@@ -170,3 +170,46 @@ def test_a_node_that_only_cached_the_open_lets_go_of_it(pair: Pair) -> None:
     assert pair.one.counts["reclaimed"] + pair.two.counts["reclaimed"] == 1
     pair.run(pair.cluster.unmount())
     pair.run(pair.cluster.check())
+
+
+def test_an_open_file_is_shown_to_others_only_when_its_glock_goes(pair: Pair) -> None:
+    ino = pair.file(b"x")
+    opened = pair.run(pair.one.open(ino, O_RDONLY, ME))
+    again = pair.run(pair.one.open(ino, O_RDONLY, ME))
+    iopen = pair.one.locks.table.get(IOPEN, ino)
+    assert (iopen.state, iopen.holders) == (UN, 0)
+    pair.read(pair.two, ino)  # both read: whoever wants to free it needs the inode from us too
+    assert (pair.state(ino), iopen.holders) == (SH, 0)
+    pair.overwrite_by_two(b"y")
+    assert (pair.state(ino), iopen.state, iopen.holders) == (UN, SH, 1)
+    pair.run(pair.one.release(ino, opened.handle, None))
+    assert iopen.holders == 1
+    pair.run(pair.one.release(ino, again.handle, None))
+    assert iopen.holders == 0
+    pair.run(pair.cluster.unmount())
+    pair.run(pair.cluster.check())
+
+
+def test_a_file_closed_while_its_glock_goes_is_shown_no_longer(pair: Pair) -> None:
+    ino = pair.file(b"x")
+    opened = pair.run(pair.one.open(ino, O_RDONLY, ME))
+    iopen = pair.one.locks.table.get(IOPEN, ino)
+    pair.world.spawn(pair.two.unlink(ROOT, b"file", ME), "unlink")
+    while not iopen.queue:
+        pair.world.step()
+    pair.run(pair.one.release(ino, opened.handle, None))
+    pair.world.settle()
+    for _ in range(400):
+        pair.world.step()
+    assert iopen.holders == 0
+    assert pair.one.counts["reclaimed"] + pair.two.counts["reclaimed"] == 1
+    pair.run(pair.cluster.unmount())
+    pair.run(pair.cluster.check())
+
+
+def test_names_found_are_believed_until_told_otherwise_names_listed_are_not(pair: Pair) -> None:
+    pair.file(b"x")
+    assert pair.run(pair.one.lookup(ROOT, b"file", ME)).entry_valid_ns > 0
+    opened = pair.run(pair.one.opendir(ROOT, O_RDONLY, ME))
+    entries = [dirent.entry for dirent in pair.run(pair.one.readdir(ROOT, opened.handle, 2, 1 << 16, plus=True))]
+    assert [(entry.entry_valid_ns, entry.attr_valid_ns > 0) for entry in entries if entry] == [(0, True)]
