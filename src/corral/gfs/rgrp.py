@@ -108,6 +108,7 @@ class Rgrp(Meta):
         "goal",
         "index",
         "loaded",
+        "newest_dinode",
         "open_bits",
         "pending",
         "unlinked",
@@ -128,6 +129,7 @@ class Rgrp(Meta):
         self.data_bits = bytearray()
         self.pending = 0  # blocks freed, not yet to be given out
         self.goal = 0
+        self.newest_dinode = -1  # index of the one made here last, by this node since it mounted
         self.loaded = False
 
     # --- bytes -------------------------------------------------------------------------------------------------------
@@ -243,7 +245,8 @@ class Rgrp(Meta):
     def take_dinode(self, number: int) -> None:
         """The block that `find_dinode` put aside becomes a dinode."""
         self.pending -= 1
-        self._take(number - self.data0, 1, DINODE_STATE)
+        self.newest_dinode = number - self.data0
+        self._take(self.newest_dinode, 1, DINODE_STATE)
         self.dinodes += 1
 
     def put_back(self, number: int) -> None:
@@ -251,9 +254,10 @@ class Rgrp(Meta):
         self.reopen(number, 1)
 
     def find_dinode(self, goal: int) -> int:
-        """A block for a dinode: in the cluster of block `goal`, in a new cluster, in any cluster, anywhere. 0: none.
+        """A block for a dinode: in the cluster of block `goal` (of the newest dinode here, when the goal is in another
+        group), in a new cluster (at once when the goal is 0), in any cluster, anywhere. 0: none.
         It is only put aside: its glock is to be had, and more blocks found, before it is taken."""
-        start = goal - self.data0
+        start = self.newest_dinode if goal and not self.contains(goal) else goal - self.data0
         index = -1
         if 0 <= start < self.blocks:
             index = self._in_cluster(start // fmt.CLUSTER)

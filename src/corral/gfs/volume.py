@@ -398,15 +398,18 @@ class Volume:
             self.locks.drop(rgrp.glock, EX)
 
     def _candidates(self, goal: int) -> Sequence[Rgrp]:
-        """The goal's group first, then round from this slot's own share, so that nodes stay out of each other's way."""
+        """Round from this slot's own share, so that nodes stay out of each other's way. Before that the goal's group,
+        if it is of that share or this node has its lock anyway: to take it from another node for each block would cost
+        more than blocks that lie apart."""
         count = len(self.rgrps)
         journals = max(1, self.superblock.journals)
-        first = self.slot * count // journals % count
-        order = self.rgrps[first:] + self.rgrps[:first]
+        first, end = self.slot * count // journals, (self.slot + 1) * count // journals
         index = bisect_right(self.rgrp_starts, goal) - 1
         if index >= 0 and self.rgrps[index].contains(goal):
-            return [self.rgrps[index], *order]
-        return order
+            near = self.rgrps[index]
+            if first <= index < end or near.glock.state == EX:
+                return [near, *self.rgrps[first:], *self.rgrps[:first]]
+        return self.rgrps[first:] + self.rgrps[:first]
 
     def count_blocks(self, free: int, dinodes: int) -> None:
         """This slot's part of statfs, journaled with what it counts."""
