@@ -29,6 +29,7 @@ class Bitmaps:
         ]
         self.starts = [rgrp.data0 for rgrp in self.rgrps]
         self.claimed: list[bytearray] = []
+        self.damaged: set[int] = set()  # groups to be written whatever the comparison says
         self.blocks = sum(rgrp.blocks for rgrp in self.rgrps)
         for rgrp in self.rgrps:
             bits = bytearray(fmt.BITMAP_SIZE)
@@ -43,6 +44,7 @@ class Bitmaps:
                 rgrp.load(block)
             except BlockDamaged as error:
                 findings.found("resource group", rgrp.number, str(error), repaired=findings.repair)
+                self.damaged.add(rgrp.number)
                 sound = fmt.verified(bytes(block)) and fmt.HEADER.unpack_from(block)[1] == fmt.RGRP
                 if not rgrp.bits or not sound:
                     rgrp.make_empty()
@@ -108,7 +110,8 @@ class Bitmaps:
 
     async def _rewrite(self, device: Device, rgrp: Rgrp, claimed: bytearray) -> None:
         counts = tuple(count_state(claimed, state) for state in (FREE, DINODE_STATE, UNLINKED))
-        if rgrp.bits == claimed and counts == (rgrp.free, rgrp.dinodes, rgrp.unlinked):
+        recorded = (rgrp.free, rgrp.dinodes, rgrp.unlinked)
+        if rgrp.number not in self.damaged and rgrp.bits == claimed and counts == recorded:
             return
         rgrp.bits = claimed
         rgrp.free, rgrp.dinodes, rgrp.unlinked = counts

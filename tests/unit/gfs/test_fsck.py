@@ -189,6 +189,14 @@ def test_an_unclean_journal_is_replayed_by_repair(m: Mounted) -> None:
     m.unmount_clean()
 
 
+def test_a_damaged_header_of_an_empty_group_is_written_anew(m: Mounted) -> None:
+    empty = [rgrp.number for rgrp in m.fs.rgrps if rgrp.number > block_of(m, "big")][-1]
+    corrupt(m, empty)
+    assert codes(m) == {"resource group"}
+    repaired(m)
+    assert not codes(m)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_damage_never_ends_in_a_traceback(m: Mounted, seed: int) -> None:
     rng = Random(seed)
