@@ -29,6 +29,7 @@ async def main(path: str, image: str, minor: int | None) -> None:
         filesystem = await mount(world, disk, None, slot=0, notifier=notifier)
         await filesystem.start(None)
         filesystem.finish(None)
+        await filesystem.go_live()
         return filesystem
 
     limits = fuse.Limits() if minor is None else fuse.Limits(minor_max=minor)

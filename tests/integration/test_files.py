@@ -37,6 +37,7 @@ def alone(directory: Path, story: Callable[[Files], Awaitable[None]], gate: Gate
             filesystem = await mount(world, disk, None, slot=0)
             await filesystem.start(None)
             filesystem.finish(None)
+            await filesystem.go_live()
             known = {number for number, inode in filesystem.inodes.items() if inode.lookups}
             caller = Caller(os.geteuid(), os.getegid(), os.getpid())
             await story(Files(filesystem, caller, gate or Gate(lambda: True, MILLISECOND)))

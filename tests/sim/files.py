@@ -484,6 +484,7 @@ async def prepare(sim: Simulation, world: World) -> None:
     fs = await mount(world, disk, None, slot=0)
     await fs.start(None)
     fs.finish(None)
+    await fs.go_live()
     lengths = {b"log": 0, b"registers": REGISTERS * 3000} | {b"counter%d" % n: 8 for n in range(COUNTERS)}
     for name, length in sorted(lengths.items()):
         entry, opened = await fs.create(ROOT, name, 0o100644, O_RDWR, SOMEBODY)
@@ -529,6 +530,7 @@ async def final_check(sim: Simulation, world: World, acknowledged: Acknowledged)
     fs = await mount(world, disk, None, slot=0)
     await fs.start(None)
     fs.finish(None)
+    await fs.go_live()
 
     async def content(parent: int, name: bytes) -> bytes | None:
         try:

@@ -157,6 +157,8 @@ class Cluster:
             await node.filesystem.start(round_)
         for node in alive:
             node.filesystem.finish(round_)
+        for node in joined:
+            await node.filesystem.go_live()
 
     def kill(self, node: Node) -> list[Slotted]:
         """As fencing leaves it: nothing of it runs, its locks are purged."""

@@ -12,6 +12,7 @@ from corral.cman.lift_events import LocalGone
 from corral.dlm.recovery import Recovery as LockRecovery
 from corral.gfs import recovery
 from corral.gfs.filesystem import GfsFilesystem
+from corral.gfs.glock import EX, GlockTable
 from corral.gfs.inode import Inode
 from corral.gfs.recovery import Recovery
 from corral.gfs.volume import Volume
@@ -88,15 +89,20 @@ def no_replay(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(recovery, "put_in_place", nothing)
 
 
+def no_gate(patch: pytest.MonkeyPatch) -> None:
+    """Survivors go on with the dead node's locks as soon as the lock manager gives them, whatever its journal holds."""
+    patch.setattr(GlockTable, "close_gate", lambda self: None)
+
+
 def no_statfs_of_the_dead(patch: pytest.MonkeyPatch) -> None:
     """What a dead node had allocated and freed is not counted, and forgotten."""
 
     async def forget(self: Recovery, slot: int) -> None:
-        change = await self.filesystem.hold_system(b"statfs_change%d" % slot, 3, 2)
+        change = await self.filesystem.hold_system(b"statfs_change%d" % slot, EX)
         change.payload[:] = bytes(len(change.payload))
         self.filesystem.touch(change)
         await self.filesystem.journal.commit()
-        self.filesystem.drop(change, 3)
+        self.filesystem.drop(change, EX)
         self.filesystem.locks.give_up(change.glock)
 
     patch.setattr(Recovery, "_merge_statfs", forget)
@@ -124,6 +130,7 @@ PLANTS = (
     Plant(callbacks_unheard, ("SIM-4",), files.calm),
     Plant(keep_what_was_cached, ("SIM-5", "SIM-7", "SIM-10"), files.calm),
     Plant(no_replay, ("SIM-5", "SIM-6", "SIM-7"), files.shared),
+    Plant(no_gate, ("SIM-5", "SIM-6", "SIM-7", "SIM-8", "SIM-11"), files.shared),
     Plant(no_statfs_of_the_dead, ("SIM-8",), files.calm),
     Plant(open_unknown_to_others, ("SIM-11",), files.calm),
 )

@@ -5,6 +5,8 @@ start(round)    the journals this node is to replay are clean on return (and wha
 finish(round)   the gate opens; files that dead nodes had open and unlinked are freed in the background
 """
 
+from asyncio import CancelledError, Future
+from contextlib import suppress
 from errno import EAGAIN, EINTR, ENOSYS
 from typing import Any, Final
 
@@ -14,7 +16,7 @@ from corral.api.gfs import FilesystemUsage, LockRange
 from corral.base.view import Round
 from corral.gfs import format as fmt
 from corral.gfs.files import Files
-from corral.gfs.glock import EX, FLOCK, NOEXP, PHASE_NAMES, SH, STATE_NAMES
+from corral.gfs.glock import EX, FLOCK, PHASE_NAMES, SH, STATE_NAMES
 from corral.gfs.inode import Inode
 from corral.gfs.journal import Ring
 from corral.gfs.posixlocks import F_RDLCK, F_UNLCK, PosixLocks
@@ -35,6 +37,8 @@ class GfsFilesystem(Files):
         self.recovery = Recovery(self)
         self.flocks: dict[tuple[int, int], tuple[int, int]] = {}  # (inode, owner) -> (lock handle, mode)
         self.destroyed = False
+        self._live = False
+        self._tidying: Future[Any] | None = None
 
     # --- recovery ----------------------------------------------------------------------------------------------------
 
@@ -47,9 +51,23 @@ class GfsFilesystem(Files):
     def finish(self, round: Round | None = None) -> None:
         if self.recovery.finish(round):
             self.locks.open_gate()
-            if self.recovery.scan_wanted:
-                self.recovery.scan_wanted = False
-                self.world.spawn(self._scan_unlinked(), "gfs: free unlinked files")
+            if self._live:
+                self._tidy_up()
+
+    async def go_live(self) -> None:
+        """After the first `finish`: this slot's statfs change and inum range, held in EX as long as the mount lives.
+        Not before: another node that recovered this slot may have changed them, and have died with that in its own
+        journal (GFS-13)."""
+        slot = self.slot
+        change = await self.hold_system(b"statfs_change%d" % slot, EX)
+        _, self.free_change, self.dinode_change = self.record(change, fmt.STATFS)
+        self.statfs_change = change
+        numbers = await self.hold_system(b"inum_range%d" % slot, EX)
+        self.next_formal, self.end_formal = self.record(numbers, fmt.INUM_RANGE)
+        self.inum_range = numbers
+        self.kept = [change, numbers]
+        self._live = True
+        self._tidy_up()
 
     def statistics(self) -> dict[str, Any]:
         """Figures and, for each waiting state, what is waited for."""
@@ -80,11 +98,17 @@ class GfsFilesystem(Files):
     async def ring_of(self, slot: int) -> Ring:
         return await ring_of(self.device, self.superblock, self.system, slot)
 
-    async def _scan_unlinked(self) -> None:
-        try:
-            await self.scan_unlinked()
-        except OSError:
-            self.counts["scan_failed"] = self.counts.get("scan_failed", 0) + 1
+    def _tidy_up(self) -> None:
+        """What recoveries leave to be done with ordinary locks, in the background."""
+        if self.recovery.leaves_work and (self._tidying is None or self._tidying.done()):
+            self._tidying = self.world.spawn(self._finish_recovery(), "gfs: tidy up after recovery")
+
+    async def _finish_recovery(self) -> None:
+        while self.recovery.leaves_work:
+            try:
+                await self.recovery.tidy_up()
+            except OSError:
+                self.counts["tidying_failed"] = self.counts.get("tidying_failed", 0) + 1
 
     # --- the whole filesystem ----------------------------------------------------------------------------------------
 
@@ -98,11 +122,11 @@ class GfsFilesystem(Files):
         free = max(0, free + self.free_change)
         return FilesystemUsage(fmt.BLOCK, total, free, free, max(0, dinodes + self.dinode_change) + free, free)
 
-    async def sync_statfs(self, flags: int = 0) -> None:
+    async def sync_statfs(self) -> None:
         """Moves this slot's changes into the master, in one transaction."""
         if not self.free_change and not self.dinode_change:
             return
-        master = await self.hold_system(b"statfs", EX, flags)
+        master = await self.hold_system(b"statfs", EX)
         try:
             total, free, dinodes = self.record(master, fmt.STATFS)
             fmt.STATFS.pack_into(master.payload, 0, total, free + self.free_change, dinodes + self.dinode_change)
@@ -128,7 +152,9 @@ class GfsFilesystem(Files):
         if self.withdrawn is None:
             for handle in sorted(self.handles):
                 await self.release(0, handle, None)
-            await self.sync_statfs(NOEXP)
+            await self._stop_tidying()
+            if not self.locks.table.gate_closed:  # else the change stays this slot's: its next owner counts on with it
+                await self.sync_statfs()
             await self.drain()
             await self.data.write_all()
             await self.journal.close()
@@ -136,6 +162,16 @@ class GfsFilesystem(Files):
         self.locks.stop()
         if self.lockspace is not None:
             await self.lockspace.close()
+
+    async def _stop_tidying(self) -> None:
+        """Between two steps of it: another mount, or the next one of this slot, does the rest."""
+        self.recovery.give_up_work()
+        if self._tidying is None or self._tidying.done():
+            return
+        if self.locks.table.gate_closed:
+            self._tidying.cancel()  # it waits for a lock
+        with suppress(CancelledError):
+            await self._tidying
 
     # --- record locks ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 from corral.api.dlm import Completion, Lockspace
 from corral.base.time import FOREVER, Instant
 from corral.base.world import Timer, World
-from corral.gfs.glock import INVALIDATING, NOEXP, REQUEST, TRY, Glock, GlockTable, Holder
+from corral.gfs.glock import INVALIDATING, JOURNAL, NOEXP, REQUEST, TRY, Glock, GlockTable, Holder
 
 Demote = Callable[[Glock, int], Coroutine[Any, Any, None]]
 
@@ -50,6 +50,7 @@ class Locks:
 
     async def hold(self, glock: Glock, state: int, flags: int = 0) -> bool:
         """Waits for the glock in `state`. False only with TRY. Raises OSError(EIO) when the lock manager gave up."""
+        assert not flags & NOEXP or glock.kind == JOURNAL, "GFS-13"
         table = self.table
         if table.try_hold(glock, state):
             return True

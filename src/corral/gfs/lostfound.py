@@ -27,6 +27,8 @@ async def reattach(world: World, disk: Disk, orphans: list[Orphan]) -> None:
     filesystem = await mount(world, disk, None, slot=0)
     await filesystem.start(None)
     # The gate stays shut: nothing else is to happen here; on a mount without a lock manager it stops nobody.
+    filesystem.recovery.give_up_work()
+    await filesystem.go_live()
     number = await _directory(filesystem)
     for orphan in orphans:
         await _attach(filesystem, number, orphan)

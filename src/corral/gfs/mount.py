@@ -3,12 +3,12 @@
 filesystem = await mount(world, disk, lockspace, slot=0)
 await filesystem.start(round)       # None for the only mount there is
 filesystem.finish(round)
+await filesystem.go_live()          # once
 """
 
 from corral.api.dlm import Lockspace
 from corral.api.gfs import Notifier
 from corral.base.world import Disk, World
-from corral.gfs import format as fmt
 from corral.gfs.device import Device, Guard
 from corral.gfs.filesystem import GfsFilesystem
 from corral.gfs.format import BlockDamaged
@@ -70,8 +70,8 @@ async def attach(
 
 
 async def begin(filesystem: GfsFilesystem) -> None:
-    """This slot's journal replayed, its system files held, the gate still shut. Raises Refused, JournalDamaged or
-    OSError, each with a sentence for the operator."""
+    """This slot's journal replayed, the gate still shut; a round follows, and after it `go_live`. Raises Refused,
+    JournalDamaged or OSError, each with a sentence for the operator."""
     try:
         await _begin(filesystem)
     except BaseException as error:
@@ -96,7 +96,6 @@ async def _begin(filesystem: GfsFilesystem) -> None:
     filesystem.journal = make_journal(filesystem, ring, state)
     filesystem.rgrps = await read_rindex(filesystem)
     filesystem.rgrp_starts = [rgrp.number for rgrp in filesystem.rgrps]
-    await _own_files(filesystem)
     root = filesystem.inode(superblock.root, 0)
     root.lookups = 1  # the kernel never forgets it
 
@@ -113,18 +112,6 @@ def make_journal(filesystem: GfsFilesystem, ring: Ring, state: JournalState) -> 
         write_data=filesystem.data.write_all,
         failed=filesystem.withdraw,
     )
-
-
-async def _own_files(filesystem: GfsFilesystem) -> None:
-    """This slot's statfs change and inum range, held in EX as long as the mount lives."""
-    slot = filesystem.slot
-    change = await filesystem.hold_system(b"statfs_change%d" % slot, EX, NOEXP)
-    _, filesystem.free_change, filesystem.dinode_change = change.record(fmt.STATFS)
-    filesystem.statfs_change = change
-    numbers = await filesystem.hold_system(b"inum_range%d" % slot, EX, NOEXP)
-    filesystem.next_formal, filesystem.end_formal = numbers.record(fmt.INUM_RANGE)
-    filesystem.inum_range = numbers
-    filesystem.kept = [change, numbers]
 
 
 async def read_rindex(filesystem: GfsFilesystem) -> list[Rgrp]:

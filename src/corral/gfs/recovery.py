@@ -1,7 +1,12 @@
 """Recovery of journals: one's own when mounting, a dead node's in a round (DESIGN 5, recovery gate; traps 14-17).
 
 For each slot: hold the journal's glock in EX (a live owner holds it, so it is had only when the owner is gone), scan,
-replay, write a clean header, merge the slot's statfs changes into the master in one transaction of *our* journal.
+replay, write a clean header. When the gate is open: merge the slot's statfs changes into the master in one transaction
+of *our* journal, and free what dead nodes had open.
+
+  GFS-13  until the gate is open nothing but journals is locked: what a lock of the dead protected is on the disk only
+          when every journal has been replayed, and whoever read it before would go on with that.
+
 Every step may be repeated, so a recoverer that dies halfway is replaced by the next round. One that is only told of a
 newer round goes on, and the newer round waits for it: its writes under way could land on what others write later.
 """
@@ -13,7 +18,7 @@ from corral.base.view import Round
 from corral.gfs import format as fmt
 from corral.gfs.device import Device
 from corral.gfs.format import BlockDamaged
-from corral.gfs.glock import EX, JOURNAL, NOEXP, Glock
+from corral.gfs.glock import EX, JOURNAL, NOEXP, TRY, Glock
 from corral.gfs.inode import Inode
 from corral.gfs.journal import Ring
 from corral.gfs.replay import JournalDamaged, JournalState, put_in_place, scan, write_clean_header
@@ -40,6 +45,7 @@ class Recovery:
         self.started = -1
         self.replayed: list[int] = []  # slots, for status
         self.scan_wanted = False  # a journal was replayed, or nobody was here before: look for unlinked inodes
+        self.unmerged: set[int] = set()  # slots recovered here whose statfs changes are not in the master yet
         self.failed: dict[int, str] = {}  # slots whose replay failed: the gate stays shut
         self.replaying: int | None = None  # the slot whose journal is being replayed, or waited for
         self._under_way: dict[int, list[Any]] = {}  # slot -> futures of those who wait for its replay
@@ -124,7 +130,29 @@ class Recovery:
             await write_clean_header(device, ring, slot, uuid, state, filesystem.world.wall_ns())
             self.replayed.append(slot)
             self.scan_wanted = True
-        await self._merge_statfs(slot)
+        self.unmerged.add(slot)
+
+    # --- behind the gate ---------------------------------------------------------------------------------------------
+
+    @property
+    def leaves_work(self) -> bool:
+        return self.scan_wanted or bool(self.unmerged)
+
+    def give_up_work(self) -> None:
+        self.scan_wanted = False
+        self.unmerged.clear()
+
+    async def tidy_up(self) -> None:
+        """With ordinary locks, once the gate is open (GFS-13). Every step may be left undone by a mount that dies."""
+        while self.unmerged:
+            slot = min(self.unmerged)
+            self.unmerged.discard(slot)
+            await self._merge_statfs(slot)
+        if self.scan_wanted:
+            self.scan_wanted = False
+            await self.filesystem.scan_unlinked()
+
+    # --- replay ------------------------------------------------------------------------------------------------------
 
     async def _bury(self, state: JournalState) -> None:
         """Freed dinodes whose tombstones may not have been written: their blocks must not look like files."""
@@ -143,21 +171,27 @@ class Recovery:
     async def _merge_statfs(self, slot: int) -> None:
         """Into the master, and zero, in one transaction of this node's journal (trap 17)."""
         filesystem = self.filesystem
-        ours, all_of_it = b"statfs_change%d" % slot, b"statfs"
-        held: dict[bytes, Inode] = {}
         try:
-            for name in sorted((ours, all_of_it), key=lambda name: filesystem.system_place(name)[1]):
-                held[name] = await filesystem.hold_system(name, EX, NOEXP)
-            change, master = held[ours], held[all_of_it]
-            _, free, dinodes = change.record(fmt.STATFS)
+            change = await filesystem.hold_system(b"statfs_change%d" % slot, EX, TRY)
+        except BlockingIOError:
+            return  # the slot has an owner again, who counts on with it
+        try:
+            _, free, dinodes = filesystem.record(change, fmt.STATFS)
             if free or dinodes:
-                total, all_free, all_dinodes = master.record(fmt.STATFS)
-                fmt.STATFS.pack_into(master.payload, 0, total, all_free + free, all_dinodes + dinodes)
-                fmt.STATFS.pack_into(change.payload, 0, 0, 0, 0)
-                filesystem.touch(master)
-                filesystem.touch(change)
-                await filesystem.journal.commit()
+                await self._add_to_master(change, free, dinodes)
         finally:
-            for inode in held.values():
-                filesystem.drop(inode, EX)
+            filesystem.drop(change, EX)
         filesystem.locks.give_up(change.glock)
+
+    async def _add_to_master(self, change: Inode, free: int, dinodes: int) -> None:
+        filesystem = self.filesystem
+        master = await filesystem.hold_system(b"statfs", EX)
+        try:
+            total, all_free, all_dinodes = filesystem.record(master, fmt.STATFS)
+            fmt.STATFS.pack_into(master.payload, 0, total, all_free + free, all_dinodes + dinodes)
+            fmt.STATFS.pack_into(change.payload, 0, 0, 0, 0)
+            filesystem.touch(master)
+            filesystem.touch(change)
+            await filesystem.journal.commit()
+        finally:
+            filesystem.drop(master, EX)

@@ -12,7 +12,7 @@ from errno import (
 
 from corral.gfs import format as fmt
 from corral.gfs.format import BlockDamaged
-from corral.gfs.glock import EX, IOPEN, NOEXP, SH, TRY, TRY_CALLBACK
+from corral.gfs.glock import EX, IOPEN, SH, TRY, TRY_CALLBACK
 from corral.gfs.inode import Inode
 from corral.gfs.volume import Volume
 
@@ -49,13 +49,13 @@ class References(Volume):
             if error.errno not in (ESTALE, EAGAIN):
                 self.counts["reclaim_failed"] = self.counts.get("reclaim_failed", 0) + 1
 
-    async def reclaim(self, inode: Inode, flags: int = 0) -> None:
+    async def reclaim(self, inode: Inode) -> None:
         """Frees an inode without names, if nobody in the cluster has it open. Harmless when called too often."""
         if inode.opens or self.refusal is not None:
             return
         await self.throttle()
         try:
-            await self.hold(inode, EX, flags)
+            await self.hold(inode, EX)
         except OSError as error:
             if error.errno == ESTALE:
                 return  # another node has freed it
@@ -64,7 +64,7 @@ class References(Volume):
             if inode.nlink or inode.opens:
                 return
             glock = self.locks.table.get(IOPEN, inode.number)
-            if not await self.locks.hold(glock, EX, TRY | TRY_CALLBACK | flags):
+            if not await self.locks.hold(glock, EX, TRY | TRY_CALLBACK):
                 return  # open somewhere; the last one to close it tries again
             try:
                 await self._free_inode(inode)
@@ -103,7 +103,7 @@ class References(Volume):
         """After a recovery: frees what dead nodes had open (trap 16). Returns how many were found."""
         found = 0
         for rgrp in self.rgrps:
-            await self.hold_rgrp(rgrp, SH, NOEXP)
+            await self.hold_rgrp(rgrp, SH)
             try:
                 numbers = rgrp.unlinked_numbers()
             finally:

@@ -9,7 +9,7 @@ Lock order: rename glock, inode glocks (parents first, else by number), iopen, r
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from errno import EIO, ENOSPC, ESTALE
+from errno import EAGAIN, EIO, ENOSPC, ESTALE
 from typing import Any, Final
 
 from corral.api.dlm import Lockspace
@@ -207,14 +207,14 @@ class Volume:
             self._shed_inodes()
 
     async def hold(self, inode: Inode, state: int, flags: int = 0) -> None:
-        """Holds the inode's glock with its content loaded. The caller drops it."""
+        """Holds the inode's glock with its content loaded. The caller drops it. EAGAIN only with TRY."""
         glock = inode.glock
         if self.refusal is not None:
             self.refuse()
         if glock.forgotten:
             glock = inode.glock = self.locks.table.get(INODE, inode.number)
-        if not self.locks.table.try_hold(glock, state):
-            await self.locks.hold(glock, state, flags)
+        if not self.locks.table.try_hold(glock, state) and not await self.locks.hold(glock, state, flags):
+            raise OSError(EAGAIN, "another node holds it")
         if not inode.loaded:
             try:
                 await self.load(inode)
@@ -481,7 +481,7 @@ class Volume:
             if self.refusal is None:
                 self.withdraw(str(error.strerror or error))
 
-    async def sync_statfs(self, flags: int = 0) -> None:
+    async def sync_statfs(self) -> None:
         raise NotImplementedError
 
     def _stop_timer(self) -> None:

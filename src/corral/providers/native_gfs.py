@@ -132,6 +132,10 @@ class NativeMount:
                 await self._leave_bounded(group)
             raise
         assert self.filesystem is not None
+        try:
+            await self.filesystem.go_live()
+        except UNMOUNTABLE as error:
+            raise ClusterError(_sentence(error)) from None
         return self.filesystem
 
     async def _leave_bounded(self, group: str) -> None:

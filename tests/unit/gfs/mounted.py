@@ -38,6 +38,7 @@ class Mounted:
         self.fs = self.run(mount(self.world, self.disk, None, slot=slot, options=options))  # type: ignore[arg-type]
         self.run(self.fs.start(None))
         self.fs.finish(None)
+        self.run(self.fs.go_live())
         self.world.settle()
         return self.fs
 

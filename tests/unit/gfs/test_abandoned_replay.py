@@ -26,6 +26,7 @@ async def abandoned(sim: Simulation) -> None:
     fs = await mounted(victim, 1)
     await fs.start(None)
     fs.finish(None)
+    await fs.go_live()
     for number in range(40):
         await fs.create(ROOT, b"file%d" % number, 0o100644, 2, SOMEBODY)
     await fs.fsyncdir(ROOT, 0, data_only=False)
