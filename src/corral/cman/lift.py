@@ -23,6 +23,8 @@ Invariants
   LIFT-7  a promise leaves when everything has stopped, and after that nothing of the view before is taken in: what a
           member attached to it stays true
   LIFT-8  a member that departed in a round of a group is in no later round of that group
+  LIFT-9  a round is the same on every member
+  LIFT-10 after the faults end everything asked for is settled and every group has finished, within a bound
 
 The model is CMAN 2004 (`cman-kernel/src/sm_*.c`); deviations: the coordinator counts instead of two-phase barriers (its
 own failure makes a new view, which starts over), and the lift runs per stack above FENCE.
@@ -123,11 +125,12 @@ class LiftEngine:
         # What participants of this node want, until the table says so.
         self._joins: dict[tuple[MemberId, str], LocalJoin] = {}
         self._departs: dict[tuple[MemberId, str], bool] = {}  # -> clean; group "" means gone from all
+        self._joined: set[tuple[MemberId, str]] = set()  # participants of this node that were told so
         self._slot_wanted: dict[tuple[MemberId, str], Instant] = {}  # joins that wait for a slot, since when
         self._local_waiting: dict[str, set[MemberId]] = {}
         self._done_round: dict[str, int] = {}
         # The coordinator's part. `_plan` is its own table, ahead of `groups`: with every change it has ordered, also
-        # those whose Begin has not come back to it yet. `groups` is what was announced, the same on every member.
+        # those whose turn has not come yet. `groups` is what was announced, the same on every member.
         self._plan: dict[str, Group] = {}
         self._sequence = 0  # of the newest Begin
         self._running: dict[str, _Running] = {}
@@ -302,10 +305,16 @@ class LiftEngine:
         self._round_high += 1
         return self._round_high
 
-    def _broadcast(self, message: LiftMessage) -> None:
+    def _broadcast(self, message: Begin | Finish) -> None:
+        """To all, and taken in here first: when it leaves, what this node would attach to a promise knows of it."""
         assert self.view is not None
+        if isinstance(message, Begin):
+            self._begun(message)
+        else:
+            self._finish(message)
         for member in self.view.members:
-            self._ready.then_send.append((member.corrald(), message))
+            if member != self.me:
+                self._ready.then_send.append((member.corrald(), message))
 
     def _begin_fence(self, event: Installed) -> None:
         assert self.view is not None
@@ -409,7 +418,8 @@ class LiftEngine:
         for group in leaving:
             self._change(group.without(frozenset((message.member,)), clean=message.clean))
         # Told again while the round that takes it out waits for its turn: its Begin is the answer.
-        if not leaving and not _groups_of(self.groups, message.member):
+        there = [group for group in _groups_of(self.groups, message.member) if message.group in ("", group.name)]
+        if not leaving and not there:
             self._ready.then_send.append(
                 (peer, Refuse(self._view_id(), message.group, message.member, "it is not a member"))
             )
@@ -533,7 +543,7 @@ class LiftEngine:
             elif isinstance(message, Begin):
                 self._begun(message)
             elif isinstance(message, Finish):
-                self._finish(now, message)
+                self._finish(message)
             elif isinstance(message, Refuse):
                 self._refused(message)
             else:
@@ -598,21 +608,30 @@ class LiftEngine:
             self._local_waiting.pop(name, None)
         local = tuple(e.member for e in group.members if self._is_local(e.member))
         self._local_waiting[group.name] = set(local)
-        self._ready.emit.append(StartGroup(group, round, local, stops))
+        starting = tuple(member for member in local if (member, group.name) in self._joined)
+        self._ready.emit.append(StartGroup(group, round, starting, stops))
         if not local:
             self._tell_coordinator(Done(message.view, round.id, group.name))
 
     def _settle(self, group: Group, before: Group | None) -> None:
         """What participants of this node asked for and now stands in the table is no longer asked."""
         for entry in group.members:
-            self._joins.pop((entry.member, group.name), None)
-        for member, name in sorted(self._departs):
-            if name == group.name and group.entry(member) is None:
-                del self._departs[member, name]
-                self._ready.emit.append(Left(member, name))
-        for member, name in sorted(self._departs):
-            if name == "" and not _groups_of(self.groups, member):
-                del self._departs[member, name]
+            key = (entry.member, group.name)
+            if self._joins.pop(key, None) is not None:
+                self._joined.add(key)
+            elif self._is_local(entry.member) and key not in self._joined and (entry.member, "") not in self._departs:
+                # A join that was told twice, refused and then found a slot: nobody waits for it any more.
+                self._departs.setdefault(key, True)
+                self._tell_coordinator(Depart(self._view_id(), group.name, entry.member, True))
+        # Who was not a member may have a join under way, which its departure follows: the answer is then a Refuse.
+        departed = {*group.left, *(entry.member for entry in group.failed())}
+        departed.update(entry.member for entry in (() if before is None else before.members))
+        for member in sorted(departed.difference(entry.member for entry in group.members)):
+            self._joined.discard((member, group.name))
+            if self._departs.pop((member, group.name), None) is not None:
+                self._ready.emit.append(Left(member, group.name))
+            if not _groups_of(self.groups, member):
+                self._departs.pop((member, ""), None)
 
     def _is_local(self, member: MemberId) -> bool:
         return member.node == self.me.node and member.incarnation == self.me.incarnation
@@ -632,7 +651,7 @@ class LiftEngine:
         if not waiting:
             self._tell_coordinator(Done(self.view.id, round.id, event.group))
 
-    def _finish(self, now: Instant, message: Finish) -> None:
+    def _finish(self, message: Finish) -> None:
         round = self.rounds.get(message.group)
         if round is None or round.id != message.round:
             self.dropped += 1
