@@ -42,7 +42,7 @@ check: lint types floors unit  ## what every commit passes: under a minute
 test: lint types floors $(STAMP)  ## everything a change must pass: check, simulation, conformance, integration
 	$(BIN)/pytest -n 2 tests/unit tests/scenario tests/conformance tests/sim
 	$(BIN)/pytest tests/integration
-	$(BIN)/python -m tests.sim.campaign --fresh --seconds 90 $(foreach body,cman dlm fence comm gfs.crash nodes.locks,--body $(body))
+	$(BIN)/python -m tests.sim.campaign --fresh --seconds 90 $(foreach body,cman lift dlm fence comm gfs.crash nodes.locks,--body $(body))
 
 stories: $(STAMP)  ## only the stories of `test`: real processes, mounts and networks under faults
 	$(BIN)/pytest tests/integration/test_stories.py tests/integration/test_partitions.py

@@ -35,6 +35,8 @@ from tests.sim import (
     gfs_crash,
     gfs_nodes,
     gfs_plants,
+    lift_cluster,
+    lift_plants,
     node_plants,
     test_comm,
     test_dlm,
@@ -78,6 +80,16 @@ def of_cman() -> Iterator[Planted]:
             (entry.caught_by,),
             lambda patch, plant=entry.plant: plant(patch.setattr),  # type: ignore[misc]
             verdict,
+        )
+
+
+def of_lift() -> Iterator[Planted]:
+    for entry in lift_plants.PLANTS:
+        yield Planted(
+            f"lift: {entry.plant.__name__}",
+            (entry.caught_by,),
+            lambda patch, plant=entry.plant: plant(patch.setattr),  # type: ignore[misc]
+            lambda seed: words_of(lift_cluster.run, seed, errors=lift_cluster.Violation),
         )
 
 
@@ -164,7 +176,7 @@ def of_world() -> Iterator[Planted]:
         yield Planted(f"world: {bug.__name__}", (name,), plant, verdict, range(1))
 
 
-SOURCES: Final = (of_cman, of_fence, of_comm, of_dlm, of_gfs, of_nodes, of_fuzz, of_world)
+SOURCES: Final = (of_cman, of_lift, of_fence, of_comm, of_dlm, of_gfs, of_nodes, of_fuzz, of_world)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

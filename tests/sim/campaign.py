@@ -73,6 +73,11 @@ def _fence(model: Any, seed: int) -> Run:
     return Run(cluster.now, cluster.round_id, sum(cluster.counts.values()))
 
 
+def _lift(model: Any, seed: int) -> Run:
+    cluster = model.Cluster(seed).go()
+    return Run(cluster.now, cluster.faults, cluster.counts.get("rounds", 0))
+
+
 def _comm(model: Any, seed: int) -> Run:
     finished = model.Run(seed).go()
     return Run(finished.rig.now, finished.faults, finished.deliveries)
@@ -85,6 +90,7 @@ def _gfs(model: Any, seed: int) -> Run:
 
 ENGINES: Final = {
     "cman_cluster": _cman,
+    "lift_cluster": _lift,
     "dlm_cluster": _dlm,
     "fence_cluster": _fence,
     "comm_sessions": _comm,
@@ -92,6 +98,7 @@ ENGINES: Final = {
 }
 BODIES: Final[Mapping[str, Body]] = {
     "cman": Body("cman_cluster:run", 5000, 50, False),
+    "lift": Body("lift_cluster:run", 4000, 50, False),
     "dlm": Body("dlm_cluster:run", 5000, 50, False),
     "fence": Body("fence_cluster:run", 6000, 100, False),
     "comm": Body("comm_sessions:run", 3500, 50, False),
