@@ -117,6 +117,7 @@ class LiftEngine:
         self._state = state
         self._table_view = ViewId(0, 0)
         self._table_sequence = 0
+        self._heard = 0  # sequence of the newest Begin of this view
         self._last_number = GROUP_PORT_MIN - 1
         self._ready = Ready()
         self._stopped = True
@@ -238,6 +239,7 @@ class LiftEngine:
         view = event.view
         self.view = view
         self.active = False
+        self._heard = 0
         self._plan.clear()
         self._running.clear()
         self._finished.clear()
@@ -578,6 +580,10 @@ class LiftEngine:
         if (last is not None and round.id <= last.id) or not 0 < round.id < ROUND_END:
             self.dropped += 1
             return
+        if message.group is not None and message.sequence != self._heard + 1:
+            self.dropped += 1  # one before it was lost with its session: a table with a hole is not the newest
+            return
+        self._heard = message.sequence
         self._stopped = False
         self._round_high = max(self._round_high, round.id)
         self.rounds[round.group] = round

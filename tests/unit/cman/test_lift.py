@@ -558,3 +558,18 @@ def test_a_join_told_twice_and_refused_once_leaves_no_member_that_nobody_waits_f
     assert not [line for line in cluster.told() if "start gfs:home {2.1" in line]
     assert "gfs:home" not in cluster.lifts[1].groups
     assert cluster.lifts[1].waiting_for() == {}
+
+
+def test_a_table_with_a_hole_is_not_taken_for_the_newest() -> None:
+    cluster = active(1, 2, 3)
+    leaver = cluster.join(2, "dlm:home", 1)
+    cluster.late.add((1, 3))
+    cluster.step(2, LocalLeave(leaver, "dlm:home"))
+    cluster.settle()
+    cluster.queues[1, 3].clear()  # lost with the session
+    cluster.late.clear()
+    cluster.join(1, "votes", 1)
+    cluster.install(2, 3)
+    cluster.settle()
+    assert cluster.lifts[3].dropped > 0
+    assert "dlm:home" not in cluster.lifts[3].groups
