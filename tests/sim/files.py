@@ -60,9 +60,21 @@ class Acknowledged:
         self.records: dict[str, int] = {}
         self.private: dict[tuple[NodeId, bytes], bytes | None] = {}  # None: unlinked, and the directory fsynced
         self.doubtful: set[tuple[NodeId, bytes]] = set()  # an operation on it was under way
+        self.begun: dict[
+            tuple[NodeId, bytes], int
+        ] = {}  # operations on it: it may come back and go again
         self.operations = 0
         self.registers: list[list[Operation]] = [[] for _ in range(REGISTERS)]
         self.values = 0  # written to registers so far: each is another
+
+    def begin(self, *keys: tuple[NodeId, bytes]) -> None:
+        for key in keys:
+            self.doubtful.add(key)
+            self.begun[key] = self.begun.get(key, 0) + 1
+
+    def untouched(self, key: tuple[NodeId, bytes], since: int) -> bool:
+        """Nothing was done to it since so many operations had begun."""
+        return key not in self.doubtful and self.begun.get(key, 0) == since
 
 
 class FileCluster(Cluster):
@@ -269,7 +281,7 @@ class Worker:
         if key in acknowledged.doubtful:
             known = await self._settle(key)
         directory = (await self.fs.lookup(ROOT, b"shared", SOMEBODY)).ino
-        acknowledged.doubtful.add(key)
+        acknowledged.begin(key)
         if known is None:
             entry, opened = await self.fs.create(directory, name, 0o100644, O_RDWR, SOMEBODY)
             content = rng.randbytes(rng.choice((10, 3000, 9000, 70000)))
@@ -329,11 +341,11 @@ class Worker:
         if not keys:
             return
         key = self.world.rng.choice(keys)
-        before = self.acknowledged.private[key]
+        before, begun = self.acknowledged.private[key], self.acknowledged.begun.get(key, 0)
         content = await self.content(key[1])
         if not await self.reply():
             return
-        if key not in self.acknowledged.doubtful and self.acknowledged.private[key] is before and content != before:
+        if self.acknowledged.untouched(key, begun) and content != before:
             told = {True: "nothing", False: f"{len(content or b'')} bytes"}[content is None]
             wanted = "nothing" if before is None else f"{len(before)} bytes"
             raise Violation(f"SIM-7 {self.name} finds {told} in {key[1]!r}, acknowledged were {wanted}")
@@ -459,6 +471,7 @@ class Worker:
         """Every name acknowledged and untouched since is listed once it is there, and not once it is gone."""
         acknowledged = self.acknowledged
         before = {key: value for key, value in acknowledged.private.items() if key not in acknowledged.doubtful}
+        begun = dict(acknowledged.begun)
         directory = (await self.fs.lookup(ROOT, b"shared", SOMEBODY)).ino
         names = await self.listed(directory)
         self.fs.forget(directory, 1)
@@ -468,7 +481,7 @@ class Worker:
         if not 0 < usage.blocks_free <= usage.blocks:
             raise Violation(f"SIM-11 statfs says {usage.blocks_free} of {usage.blocks} blocks are free")
         for key, value in sorted(before.items(), key=lambda item: item[0]):
-            untouched = key not in acknowledged.doubtful and acknowledged.private[key] is value
+            untouched = acknowledged.untouched(key, begun.get(key, 0))
             if untouched and (key[1] in names) != (value is not None):
                 raise Violation(f"SIM-11 {self.name} lists {key[1]!r}: {key[1] in names}, which is wrong")
         self.done()

@@ -158,7 +158,7 @@ class Application:
             acknowledged.private[key] = await self.content(name)
             acknowledged.doubtful.discard(key)
         known = acknowledged.private.get(key)
-        acknowledged.doubtful.add(key)
+        acknowledged.begin(key)
         new: bytes | None = None
         if known is None or rng.random() < 0.2:
             new = rng.randbytes(rng.choice((10, 3000, 9000, 70_000)))
@@ -192,7 +192,7 @@ class Application:
             return
         old = rng.choice(here)
         new = rng.choice([key for key in keys if key != old])
-        acknowledged.doubtful.update((old, new))
+        acknowledged.begin(old, new)
         await self.calls.rename(b"/shared/" + old[1], b"/shared/" + new[1])
         await self.calls.fsync_directory("/shared")
         acknowledged.private[new], acknowledged.private[old] = acknowledged.private[old], None
@@ -225,9 +225,9 @@ class Application:
         if not keys:
             return
         key = self.world.rng.choice(keys)
-        before = self.acknowledged.private[key]
+        before, begun = self.acknowledged.private[key], self.acknowledged.begun.get(key, 0)
         found = await look(key[1])
-        if key in self.acknowledged.doubtful or self.acknowledged.private[key] is not before:
+        if not self.acknowledged.untouched(key, begun):
             return
         same = found == before if how == "content" else (found is None) == (before is None)
         if not same:

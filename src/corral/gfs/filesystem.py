@@ -5,8 +5,6 @@ start(round)    the journals this node is to replay are clean on return (and wha
 finish(round)   the gate opens; files that dead nodes had open and unlinked are freed in the background
 """
 
-from asyncio import CancelledError, Future
-from contextlib import suppress
 from errno import EAGAIN, EINTR, ENOSYS
 from typing import Any, Final
 
@@ -38,7 +36,7 @@ class GfsFilesystem(Files):
         self.flocks: dict[tuple[int, int], tuple[int, int]] = {}  # (inode, owner) -> (lock handle, mode)
         self.destroyed = False
         self._live = False
-        self._tidying: Future[Any] | None = None
+        self._tidying: Any = None  # its task
 
     # --- recovery ----------------------------------------------------------------------------------------------------
 
@@ -170,8 +168,9 @@ class GfsFilesystem(Files):
             return
         if self.locks.table.gate_closed:
             self._tidying.cancel()  # it waits for a lock
-        with suppress(CancelledError):
-            await self._tidying
+        ended = self.world.future()
+        self._tidying.add_done_callback(lambda _task: ended.set_result(None))
+        await ended
 
     # --- record locks ------------------------------------------------------------------------------------------------
 
