@@ -60,9 +60,7 @@ class Acknowledged:
         self.records: dict[str, int] = {}
         self.private: dict[tuple[NodeId, bytes], bytes | None] = {}  # None: unlinked, and the directory fsynced
         self.doubtful: set[tuple[NodeId, bytes]] = set()  # an operation on it was under way
-        self.begun: dict[
-            tuple[NodeId, bytes], int
-        ] = {}  # operations on it: it may come back and go again
+        self.begun: dict[tuple[NodeId, bytes], int] = {}  # operations on it: it may come back and go again
         self.operations = 0
         self.registers: list[list[Operation]] = [[] for _ in range(REGISTERS)]
         self.values = 0  # written to registers so far: each is another
