@@ -279,7 +279,7 @@ class LiftEngine:
         fenced = {node for state in states for node in state.fenced} & known
         self._save(
             LiftState(
-                round=self._state.round,
+                round=self._round_high,  # who brought it may be gone in the next view
                 fenced=tuple(sorted(fenced)),
                 identities=_keep_identities(identities, known),
             )

@@ -573,3 +573,14 @@ def test_a_table_with_a_hole_is_not_taken_for_the_newest() -> None:
     cluster.settle()
     assert cluster.lifts[3].dropped > 0
     assert "dlm:home" not in cluster.lifts[3].groups
+
+
+def test_a_round_that_a_member_brought_is_remembered_when_it_has_gone() -> None:
+    cluster = active(1, 2)
+    cluster.late.update({(1, 2), (2, 1)})
+    cluster.join(1, "dlm:home", 1)
+    high = cluster.lifts[1].state.round
+    assert high > cluster.lifts[2].state.round
+    cluster.queues.clear()
+    cluster.install(1, 2)
+    assert cluster.lifts[2].state.round >= high
