@@ -62,8 +62,9 @@ class _Signals:
         try:
             yield
         finally:
+            # Once interrupted, all that is left to do is to say so and exit: one more signal has nothing to end.
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if self.noted else handler)
             os.close(self.fd)
             os.close(self._waker)
 
