@@ -105,7 +105,7 @@ class GfsFilesystem(Files):
         while self.recovery.leaves_work:
             try:
                 await self.recovery.tidy_up()
-            except OSError:
+            except (OSError, fmt.BlockDamaged):
                 self.counts["tidying_failed"] = self.counts.get("tidying_failed", 0) + 1
 
     # --- the whole filesystem ----------------------------------------------------------------------------------------

@@ -59,3 +59,18 @@ def test_an_unmount_behind_a_shut_gate_leaves_its_counts_to_the_next_owner() -> 
     world.run(cluster.recover([], joined=[first]))
     assert first.filesystem.free_change == change
     assert second.filesystem.withdrawn is None
+
+
+def test_a_missing_file_of_a_dead_slot_stops_nobody() -> None:
+    world = World()
+    cluster = Cluster(world, Random(4))
+    world.run(cluster.begin(3))
+    world.settle()
+    first, _, victim = cluster.nodes
+    del first.filesystem.system[b"statfs_change%d" % victim.slot]
+    failed = cluster.kill(victim)
+    world.run(cluster.recover(failed, joined=[]))
+    world.settle()
+    assert first.filesystem.counts["tidying_failed"] == 1
+    assert not first.filesystem.recovery.leaves_work
+    world.run(first.filesystem.create(ROOT, b"file", 0o100644, 2, SOMEBODY))
