@@ -25,6 +25,7 @@ from corral.base.ids import MemberId, NodeId
 from corral.base.time import FOREVER, MILLISECOND, SECOND
 from corral.base.view import Round
 from corral.base.world import ProcessId, World
+from corral.cli.demo.checks import Failed, check_records
 from corral.gfs import fsck, mkfs
 from corral.gfs.filesystem import GfsFilesystem
 from corral.gfs.glock import STATE_NAMES
@@ -513,26 +514,10 @@ PART = re.compile(rb"(n[\d.]*a?)(?: \d*(?: x*)?)?(?=n|\Z)")
 
 
 def check_log(content: bytes, acknowledged: dict[str, int]) -> None:
-    """Every acknowledged record is there once and whole, each writer's in order. A writer whose node died may leave the
-    first part of one record that it was never told of: a write across two blocks is two steps."""
-    seen: dict[str, int] = {}
-    parts: set[bytes] = set()
-    at = 0
-    while at < len(content):
-        record = RECORD.match(content, at) or PART.match(content, at)
-        if record is None or record[1] in parts:
-            raise Violation(f"SIM-6 damaged record {content[at : at + 80]!r} at byte {at}")
-        at = record.end()
-        if record.re is PART:
-            parts.add(record[1])
-            continue
-        name, number = record[1].decode(), int(record[2])
-        if number != seen.get(name, 0) + 1:
-            raise Violation(f"SIM-6 record {number} of {name} comes after {seen.get(name, 0)}")
-        seen[name] = number
-    for name, number in sorted(acknowledged.items()):
-        if seen.get(name, 0) < number:
-            raise Violation(f"SIM-6 {number} records of {name} were acknowledged, {seen.get(name, 0)} are there")
+    try:
+        check_records(content, RECORD, PART, acknowledged)
+    except Failed as error:
+        raise Violation(f"SIM-6 {error}") from None
 
 
 async def final_check(sim: Simulation, world: World, acknowledged: Acknowledged) -> None:

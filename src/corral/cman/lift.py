@@ -129,7 +129,6 @@ class LiftEngine:
         self._joined: set[tuple[MemberId, str]] = set()  # participants of this node that were told so
         self._slot_wanted: dict[tuple[MemberId, str], Instant] = {}  # joins that wait for a slot, since when
         self._local_waiting: dict[str, set[MemberId]] = {}
-        self._done_round: dict[str, int] = {}
         # The coordinator's part. `_plan` is its own table, ahead of `groups`: with every change it has ordered, also
         # those whose turn has not come yet. `groups` is what was announced, the same on every member.
         self._plan: dict[str, Group] = {}
@@ -246,7 +245,6 @@ class LiftEngine:
         self._unreachable.clear()
         self._evicted.clear()
         self._local_waiting.clear()
-        self._done_round.clear()
         self.deadline = FOREVER
         self._merge(view, event)
         held, self._held = self._held, []

@@ -4,11 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from errno import EIO
-from typing import Final, final
+from typing import final
 
 from corral.base.time import SECOND, Nanoseconds
-
-NANOSECONDS: Final = SECOND
 
 
 @final
@@ -17,7 +15,7 @@ class Gate:
 
     def __init__(self, may_act: Callable[[], bool], poll_ns: Nanoseconds) -> None:
         self._may_act = may_act
-        self._poll = poll_ns / NANOSECONDS
+        self._poll = poll_ns / SECOND
         self._inside: set[asyncio.Task[object]] = set()
         self._lost = ""
 

@@ -55,7 +55,6 @@ NONDISK_RENAME: Final = 3
 # Flags of a holder.
 TRY: Final = 0x1  # fail instead of waiting for another node
 NOEXP: Final = 0x2  # part of recovery: passes the gate
-PRIORITY: Final = 0x4  # ahead of the queue
 TRY_CALLBACK: Final = 0x8  # with TRY: the holders elsewhere are told (TRY_1CB)
 IO: Final = 0x10  # a read or write of the kernel, which has locked pages until it is answered
 
@@ -237,10 +236,7 @@ class GlockTable:
 
     def enqueue(self, now: Instant, glock: Glock, holder: Holder) -> None:
         self.counts["waits"] += 1
-        if holder.flags & PRIORITY:
-            glock.queue.insert(0, holder)
-        else:
-            glock.queue.append(holder)
+        glock.queue.append(holder)
         self.run(now, glock)
 
     def cancel(self, now: Instant, glock: Glock, holder: Holder) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NamedTuple, final
 
@@ -113,25 +114,36 @@ class Acknowledged:
     def check_log(self, path: Path) -> str:
         """Every acknowledged record is there once, whole, and each writer's are in order. Of a record that was never
         acknowledged, because its writer's node died in the middle of it, a first part may be there."""
-        seen: dict[str, int] = {}
-        parts: set[bytes] = set()
-        content = path.read_bytes()
-        at = 0
-        while at < len(content):
-            record = RECORD.match(content, at) or PART.match(content, at)
-            if record is None or record[1] in parts:
-                raise Failed(f"the log has a damaged record: {content[at : at + 60]!r}")
-            at = record.end()
-            if record.re is PART:
-                parts.add(record[1])
-                continue
-            name, number = record[1].decode(), int(record[2])
-            if number != seen.get(name, 0) + 1:
-                raise Failed(f"the log has record {number} of {name} after {seen.get(name, 0)}")
-            if len(record[3]) != number % 90:
+        for record in check_records(path.read_bytes(), RECORD, PART, self.records):
+            if len(record[3]) != int(record[2]) % 90:
                 raise Failed(f"the log has a damaged record: {record[0][:60]!r}")
-            seen[name] = number
-        for name, number in sorted(self.records.items()):
-            if seen.get(name, 0) < number:
-                raise Failed(f"{number} records of {name} were acknowledged, the log has {seen.get(name, 0)}")
         return f"{sum(self.records.values())} records"
+
+
+def check_records(
+    content: bytes, whole: re.Pattern[bytes], part: re.Pattern[bytes], acknowledged: Mapping[str, int]
+) -> list[re.Match[bytes]]:
+    """The whole records of a log (groups: writer, number). Raises Failed unless every acknowledged one is there once
+    and each writer's are in order. A writer whose node died may leave the first part (group: as much of its name as
+    there is) of one record that it was never told of: a write across two blocks is two steps."""
+    records: list[re.Match[bytes]] = []
+    seen: dict[str, int] = {}
+    parts: set[bytes] = set()
+    at = 0
+    while at < len(content):
+        found = whole.match(content, at) or part.match(content, at)
+        if found is None or found[1] in parts:
+            raise Failed(f"the log has a damaged record at byte {at}: {content[at : at + 80]!r}")
+        at = found.end()
+        if found.re is part:
+            parts.add(found[1])
+            continue
+        name, number = found[1].decode(), int(found[2])
+        if number != seen.get(name, 0) + 1:
+            raise Failed(f"the log has record {number} of {name} after {seen.get(name, 0)}")
+        seen[name] = number
+        records.append(found)
+    for name, number in sorted(acknowledged.items()):
+        if seen.get(name, 0) < number:
+            raise Failed(f"{number} records of {name} were acknowledged, the log has {seen.get(name, 0)}")
+    return records
