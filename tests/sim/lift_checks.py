@@ -9,7 +9,8 @@ LIFT-4  no group starts before every node of the view has passed FENCE
 LIFT-5  a group starts when all below it in its stack have done their newest round of this view, and stops before them
 LIFT-6  what finishes is the newest round started here, and all its members have started
 LIFT-7  what goes on after a promise is what was attached to it
-LIFT-8  a member that departed in a round of a group is in no later round of that group, unless it joined again
+LIFT-8  a member that departed in a round of a group is in no later round of that group, unless it joined again after a
+        round with its departure had finished
 LIFT-9  a round is the same on every member
 LIFT-10 after the faults end everything asked for is settled and every group has finished, within a bound
 
@@ -43,12 +44,16 @@ class Served(NamedTuple):
 
     first: int  # the round
     slot: int
-    joined: int  # how often it has joined that group
+    joined: int  # with which of its joins
 
 
 def require(condition: bool, what: str) -> None:
     if not condition:
         raise Violation(what)
+
+
+def named_in(round: Round) -> set[MemberId]:
+    return {*round.member_ids, *(entry.member for entry in round.failed), *round.left}
 
 
 def departed_in(round: Round) -> list[MemberId]:
@@ -66,6 +71,7 @@ class Checks:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.rounds: dict[tuple[ViewId, int], Round] = {}
+        self.joins: dict[tuple[ViewId, int], dict[MemberId, int]] = {}  # by which of its joins each is named there
         self.views: dict[ViewId, View] = {}
         self.levels: dict[str, int] = {}
         self.told: set[tuple[str, MemberId]] = set()  # who was ever told to start
@@ -90,23 +96,29 @@ class Checks:
             high = self.finished_high.get(round.group, 0)
             require(round.id > high, f"LIFT-3: {describe(round)} begins after round {high} finished")
             self.rounds[key] = round
+            self.joins[key] = {member: self.joined(member, round) for member in named_in(round)}
             self.done[key] = set()
         require(self.rounds[key] == round, f"LIFT-9: {describe(round)} and {describe(self.rounds[key])}")
         if message.group is not None:
             self.levels[round.group] = message.group.level
-            self.learn(life, round)
+            self.learn(life, round, view)
 
-    def learn(self, life: Life, round: Round) -> None:
+    def learn(self, life: Life, round: Round, view: View) -> None:
         group = round.group
+        joins = self.joins[view.id, round.id]
         for member in [*round.member_ids, *(entry.member for entry in round.failed)]:
-            life.known.add((group, member, self.joined(member, group)))
+            life.known.add((group, member, joins[member]))
         for member in departed_in(round):
-            life.known_out.setdefault((group, member, self.joined(member, group)), round.id)
-        life.known_left.update((group, member) for member in round.left if member not in round.member_ids)
+            life.known_out.setdefault((group, member, joins[member]), round.id)
+        life.known_left.update((group, m, joins[m]) for m in round.left if m not in round.member_ids)
 
-    def joined(self, member: MemberId, group: str) -> int:
+    def joined(self, member: MemberId, round: Round) -> int:
+        """When that round is ordered: who left is named for the join it left with, and may have asked again since."""
         participant = self.cluster.participants.get(member)
-        return 0 if participant is None else participant.joins.get(group, 0)
+        if participant is None:
+            return 0
+        joins = participant.joins.get(round.group, 0)
+        return participant.asked_to_leave.get(round.group, joins) if member in round.left else joins
 
     def knows(self, view: View, membership: Membership) -> bool:
         return any(membership in self.cluster.lives[member].known for member in view.members)
@@ -154,25 +166,27 @@ class Checks:
         require(len(slots) == len(set(slots)), f"LIFT-1: {where}")
         self.check_members(round, view, where)
         self.check_below(life, decision, view, where)
-        self.learn(life, round)
+        self.learn(life, round, view)
         life.newest[round.group] = round.id
         served = self.served.setdefault(round.group, {})
         for entry in round.members:
-            joined = self.joined(entry.member, round.group)
-            before = served.get(entry.member)
             if entry.member not in decision.local:
                 continue
+            joined = self.joins[view.id, round.id][entry.member]
+            before = served.get(entry.member)
+            again = before is not None and before.joined != joined
+            require(not again, f"LIFT-8: {where}: {entry.member} joined again before its departure had finished")
             self.told.add((round.group, entry.member))
-            if before is None or before.joined != joined:
+            if before is None:
                 served[entry.member] = Served(round.id, entry.slot, joined)
+                if joined > 1:
+                    self.cluster.count("joined again")
 
     def check_members(self, round: Round, view: View, where: str) -> None:
         group = round.group
+        joins = self.joins[view.id, round.id]
         for member, served in sorted(self.served.get(group, {}).items()):
-            joined = self.joined(member, group)
-            if served.first >= round.id or served.joined != joined:
-                continue
-            if not self.knows(view, (group, member, joined)):
+            if served.first >= round.id or not self.knows(view, (group, member, served.joined)):
                 continue
             failed = {entry.member for entry in round.failed}
             named = member in round.member_ids or member in failed or member in round.left
@@ -183,14 +197,20 @@ class Checks:
             participant = self.cluster.participants[entry.member]
             alive = participant.alive and participant.life.me in view.members
             require(not alive, f"LIFT-2: {where}: {entry.member} lives")
-            left = participant.left.get(group) == participant.joins.get(group)
-            known = any((group, entry.member) in self.cluster.lives[member].known_left for member in view.members)
+            joined = joins[entry.member]
+            left = participant.left.get(group) == joined
+            lives = [self.cluster.lives[member] for member in view.members]
+            known = any((group, entry.member, joined) in life.known_left for life in lives)
             require(not (left and known), f"LIFT-2: {where}: {entry.member} left cleanly")
         for member in round.left:
-            wanted = group not in self.cluster.participants[member].asked_to_leave and (group, member) in self.told
+            participant = self.cluster.participants[member]
+            wanted = group not in participant.asked_to_leave and (group, member) in self.told
             require(not wanted, f"LIFT-2: {where}: {member} did not leave")
+            last = self.served.get(group, {}).get(member)
+            again = last is not None and last.joined > joins[member] and member not in round.member_ids
+            require(not again, f"LIFT-2: {where}: {member} served again and did not leave")
         for member in round.member_ids:
-            joined = self.joined(member, group)
+            joined = joins[member]
             require(joined > 0, f"LIFT-8: {where}: {member} never asked")
             departed = self.departed_before(view, (group, member, joined), round.id)
             require(not departed, f"LIFT-8: {where}: {member} departed in round {departed}")

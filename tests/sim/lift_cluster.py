@@ -139,7 +139,7 @@ class Participant:
         self.groups: dict[str, str] = {}  # -> asking, in, leaving
         self.joins: dict[str, int] = {}  # how often it asked to join
         self.left: dict[str, int] = {}  # with which of its joins it left
-        self.asked_to_leave: set[str] = set()
+        self.asked_to_leave: dict[str, int] = {}  # with which of its joins it asked to leave last
         self.starting: dict[str, int] = {}
         self.serving: set[str] = set()  # was told to start, and not to stop
         self.down: set[tuple[str, MemberId]] = set()
@@ -152,7 +152,7 @@ class Attempt:
         self.lives = lives
         self.leaving = leaving
         self.engine = agreement.Attempt(view_id, tuple(life.me for life in lives))
-        self.known: dict[NodeIncarnation, tuple[set[Membership], dict[Membership, int], set[tuple[str, MemberId]]]] = {}
+        self.known: dict[NodeIncarnation, tuple[set[Membership], dict[Membership, int], set[Membership]]] = {}
         self.installed: Installed | None = None
 
     @property
@@ -192,7 +192,7 @@ class Life:
         # What the checks keep of it.
         self.known: set[Membership] = set()
         self.known_out: dict[Membership, int] = {}
-        self.known_left: set[tuple[str, MemberId]] = set()
+        self.known_left: set[Membership] = set()
         self.newest: dict[str, int] = {}
         self.finished: dict[str, int] = {}
 
@@ -353,6 +353,8 @@ class Life:
             self.left_group(event.member, event.group)
         elif isinstance(event, Refused):
             cluster.count("refused")
+            if "slot" not in event.reason:
+                raise Violation(f"LIFT-10: the join of {event.member} to {event.group} is refused: {event.reason}")
             cluster.participants[event.member].groups.pop(event.group, None)
         elif isinstance(event, EvictLocal):
             cluster.count("evicted")
@@ -678,7 +680,7 @@ class Cluster:
             life.later(self.rng.choice((0, self.pace)), self.ask, participant, name)
 
     def ask(self, participant: Participant, name: str) -> None:
-        if participant.dying or not participant.alive or name in participant.joins:
+        if participant.dying or not participant.alive or name in participant.groups:
             return
         if participant.life.me in self.leaving:
             return
@@ -694,7 +696,7 @@ class Cluster:
     def leave_group(self, participant: Participant, name: str) -> None:
         self.tell(f"{participant.member} leaves {name}")
         participant.groups[name] = "leaving"
-        participant.asked_to_leave.add(name)
+        participant.asked_to_leave[name] = participant.joins[name]
         participant.life.feed(LocalLeave(participant.member, name))
 
     def kill(self, participant: Participant) -> None:

@@ -11,11 +11,12 @@ import msgspec
 from corral.api.cman import FENCE_GROUP
 from corral.base.ids import MemberId, NodeIncarnation
 from corral.base.view import Round
+from corral.base.world import ProcessId
 from corral.cman import lift
-from corral.cman.groups import Group
+from corral.cman.groups import Entry, Group
 from corral.cman.lift import LiftEngine
 from corral.cman.lift_events import Installed, LiftEvent, Promised
-from corral.cman.lift_wire import Begin, Done, Finish, LiftState
+from corral.cman.lift_wire import Begin, Done, Finish, Join, LiftState
 
 Patch = Callable[[Any, str, Any], None]
 
@@ -119,6 +120,31 @@ def hears_its_own_rounds_late(patch: Patch) -> None:
     patch(LiftEngine, "_begun_group", begun_group)
 
 
+def lets_a_member_return_at_once(patch: Patch) -> None:
+    """Who leaves and joins again is a member before a round with its departure has finished, and cannot fail."""
+
+    def with_member(self: Group, member: MemberId, address: str, ticket: bytes, process: ProcessId) -> Group | None:
+        slot = self.free_slot()
+        if slot is None:
+            return None
+        members = (*self.members, Entry(member, slot, address, ticket, process))
+        return msgspec.structs.replace(self, members=tuple(sorted(members, key=lambda entry: entry.member)))
+
+    def join(self: LiftEngine, peer: MemberId, message: Join) -> None:
+        group = self._plan.get(message.group)
+        if group is None or message.member not in group.left:
+            right(self, peer, message)
+            return
+        added = group.with_member(message.member, message.address, message.ticket, message.process)
+        if added is not None:
+            self._change(added)
+            self._advance()
+
+    right = LiftEngine._join
+    patch(Group, "with_member", with_member)
+    patch(LiftEngine, "_join", join)
+
+
 def tells_each_its_own_round(patch: Patch) -> None:
     """Only the coordinator hears who has failed."""
 
@@ -163,6 +189,7 @@ PLANTS = (
     Plant(finishes_at_the_first_done, "LIFT-6"),
     Plant(goes_on_after_its_promise, "LIFT-7"),
     Plant(hears_its_own_rounds_late, "LIFT-8"),
+    Plant(lets_a_member_return_at_once, "LIFT-8"),
     Plant(tells_each_its_own_round, "LIFT-9"),
     Plant(asks_only_once, "LIFT-10"),
 )

@@ -21,7 +21,7 @@ def test_no_violation() -> None:
             raise AssertionError(f"python -m tests.sim.lift_cluster {seed}: {error}") from error
         for what, number in counts.items():
             total[what] = total.get(what, 0) + number
-    wanted = ("rounds", "finished", "settled", "left", "refused", "evicted", "excluded", "active views")
+    wanted = ("rounds", "finished", "settled", "left", "refused", "evicted", "excluded", "active views", "joined again")
     assert all(total.get(what) for what in wanted), f"these runs tested too little: {total}"
 
 

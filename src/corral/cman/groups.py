@@ -74,6 +74,7 @@ class Group(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     def with_member(self, member: MemberId, address: str, ticket: bytes, process: ProcessId) -> "Group | None":
         """The group with this member added in the lowest free slot; None when there is none."""
+        assert member not in self.left, "LIFT-8"
         slot = self.free_slot()
         if slot is None:
             return None

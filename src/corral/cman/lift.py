@@ -22,7 +22,8 @@ Invariants
   LIFT-6  a Finish is emitted only for the newest round begun here
   LIFT-7  a promise leaves when everything has stopped, and after that nothing of the view before is taken in: what a
           member attached to it stays true
-  LIFT-8  a member that departed in a round of a group is in no later round of that group
+  LIFT-8  a member that departed in a round of a group is in no later round of that group, unless it joins again when a
+          round with its departure has finished
   LIFT-9  a round is the same on every member
   LIFT-10 after the faults end everything asked for is settled and every group has finished, within a bound
 
@@ -396,6 +397,8 @@ class LiftEngine:
             group = Group(message.group, message.level, self._last_number, message.slots, (), (), ())
         if group.entry(message.member) is not None:
             return
+        if message.member in group.left:
+            return  # asked again when a round with its departure has finished: only then can it fail once more
         if group.level != message.level:
             self._refuse(peer, message, f"group {message.group} runs at level {group.level}, not {message.level}")
             return
@@ -411,7 +414,7 @@ class LiftEngine:
         self._advance()
 
     def _refuse(self, peer: MemberId, message: Join, reason: str) -> None:
-        self._ready.then_send.append((peer, Refuse(self._view_id(), message.group, message.member, reason)))
+        self._ready.then_send.append((peer, Refuse(self._view_id(), message.group, message.member, False, reason)))
 
     def _depart(self, peer: MemberId, message: Depart) -> None:
         leaving = [group for group in _groups_of(self._plan, message.member) if message.group in ("", group.name)]
@@ -421,7 +424,7 @@ class LiftEngine:
         there = [group for group in _groups_of(self.groups, message.member) if message.group in ("", group.name)]
         if not leaving and not there:
             self._ready.then_send.append(
-                (peer, Refuse(self._view_id(), message.group, message.member, "it is not a member"))
+                (peer, Refuse(self._view_id(), message.group, message.member, True, "it is not a member"))
             )
         self._unreachable = {k: v for k, v in self._unreachable.items() if message.member not in k[1:]}
         self._advance()
@@ -565,8 +568,8 @@ class LiftEngine:
 
     def _refused(self, message: Refuse) -> None:
         key = (message.member, message.group)
-        if self._departs.pop(key, None) is not None:
-            if message.group:
+        if message.departure:
+            if self._departs.pop(key, None) is not None and message.group:
                 self._ready.emit.append(Left(message.member, message.group))
         elif self._joins.pop(key, None) is not None:
             self._ready.emit.append(Refused(message.member, message.group, message.reason))

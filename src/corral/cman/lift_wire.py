@@ -61,6 +61,7 @@ class Refuse(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=6):
     view: ViewId
     group: str
     member: MemberId
+    departure: bool  # a Depart is refused: there is nothing to leave. Else a Join
     reason: str
 
 

@@ -308,6 +308,23 @@ def test_a_clean_leave_is_not_a_failure_and_frees_the_slot() -> None:
     assert "1 start dlm:home {1.2@0,2.1@1} failed []" in cluster.told()
 
 
+def test_who_left_and_joins_again_at_once_can_fail_once_more() -> None:
+    cluster = active(1, 2)
+    member = cluster.join(1, "dlm:home", 1)
+    cluster.join(2, "dlm:home", 1)
+    cluster.held.add("dlm:home")
+    cluster.step(1, LocalLeave(member, "dlm:home"))
+    cluster.join(1, "dlm:home", 1)
+    assert cluster.lifts[2].groups["dlm:home"].entry(member) is None  # the round it left in has not finished
+    cluster.release("dlm:home")
+    assert cluster.lifts[2].groups["dlm:home"].entry(member) is not None
+    cluster.held.add("dlm:home")
+    cluster.told()
+    cluster.step(1, LocalGone(member))
+    cluster.settle()
+    assert "2 start dlm:home {2.1@1} failed [1.1@0]" in cluster.told()
+
+
 def full(cluster: Cluster) -> MemberId:
     """Both slots of gfs:home taken, one by a member that failed and whose recovery is held up. Its node asks again."""
     gone = cluster.join(1, "gfs:home", 2, slots=2)
