@@ -76,6 +76,8 @@ class Checks:
         self.levels: dict[str, int] = {}
         self.told: set[tuple[str, MemberId]] = set()  # who was ever told to start
         self.served: dict[str, dict[MemberId, Served]] = {}
+        self.named: dict[tuple[str, MemberId], int] = {}
+        self.departed: dict[tuple[str, MemberId], int] = {}
         self.done: dict[tuple[ViewId, int], set[MemberId]] = {}
         self.fence_passed: set[tuple[ViewId, NodeIncarnation]] = set()
         self.finished_high: dict[str, int] = {}
@@ -96,7 +98,7 @@ class Checks:
             high = self.finished_high.get(round.group, 0)
             require(round.id > high, f"LIFT-3: {describe(round)} begins after round {high} finished")
             self.rounds[key] = round
-            self.joins[key] = {member: self.joined(member, round) for member in named_in(round)}
+            self.joins[key] = self.joined(round)
             self.done[key] = set()
         require(self.rounds[key] == round, f"LIFT-9: {describe(round)} and {describe(self.rounds[key])}")
         if message.group is not None:
@@ -112,13 +114,16 @@ class Checks:
             life.known_out.setdefault((group, member, joins[member]), round.id)
         life.known_left.update((group, m, joins[m]) for m in round.left if m not in round.member_ids)
 
-    def joined(self, member: MemberId, round: Round) -> int:
-        """When that round is ordered: who left is named for the join it left with, and may have asked again since."""
-        participant = self.cluster.participants.get(member)
-        if participant is None:
-            return 0
-        joins = participant.joins.get(round.group, 0)
-        return participant.asked_to_leave.get(round.group, joins) if member in round.left else joins
+    def joined(self, round: Round) -> dict[MemberId, int]:
+        """By which of its joins each is named: that of the first round since it departed last, when this is ordered."""
+        group = round.group
+        for member in round.member_ids:
+            if self.named.get((group, member), 0) in (0, self.departed.get((group, member))):
+                participant = self.cluster.participants.get(member)
+                self.named[group, member] = 0 if participant is None else participant.joins.get(group, 0)
+        for member in departed_in(round):
+            self.departed[group, member] = self.named.get((group, member), 0)
+        return {member: self.named.get((group, member), 0) for member in named_in(round)}
 
     def knows(self, view: View, membership: Membership) -> bool:
         return any(membership in self.cluster.lives[member].known for member in view.members)
