@@ -117,7 +117,7 @@ class Checks:
     def joined(self, round: Round) -> dict[MemberId, int]:
         """By which of its joins each is named: that of the first round since it departed last, when this is ordered."""
         group = round.group
-        for member in round.member_ids:
+        for member in [*round.member_ids, *(entry.member for entry in round.failed)]:  # it may have died in between
             if self.named.get((group, member), 0) in (0, self.departed.get((group, member))):
                 participant = self.cluster.participants.get(member)
                 self.named[group, member] = 0 if participant is None else participant.joins.get(group, 0)

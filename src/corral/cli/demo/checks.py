@@ -14,6 +14,7 @@ FILES_MIN: Final = 1_000
 BYTES_MIN: Final = 40 << 20
 FILLER_SIZE: Final = 256 << 10
 QUICK_PACKAGES: Final = ("email", "importlib", "json")
+NOWHERE: Final = "a-link-to-nothing"
 RECORD: Final = re.compile(rb"(n\d+l) (\d+) (x*)\n")
 PART: Final = re.compile(rb"(n\d*l?)(?: \d*(?: x*)?)?(?=n|\Z)")
 
@@ -41,14 +42,16 @@ def measure(root: Path) -> Tree:
 
 def make_source(target: Path, *, quick: bool) -> Tree:
     """The standard library of this Python with its byte code, filled up with generated files to the promised size.
-    `quick`: a few packages of it, as they are."""
+    `quick`: a few packages of it, as they are. A symbolic link to nothing is always there."""
     library = Path(sysconfig.get_paths()["stdlib"])
     if quick:
         for package in QUICK_PACKAGES:
             shutil.copytree(library / package, target / package, symlinks=True)
+        (target / NOWHERE).symlink_to("/nothing/is/here")
         return measure(target)
     skipped = shutil.ignore_patterns("site-packages", "test", "tests", "idlelib", "config-*", "*.a", "*.so")
     shutil.copytree(library, target, symlinks=True, ignore=skipped)
+    (target / NOWHERE).symlink_to("/nothing/is/here")
     found = measure(target)
     number = 0
     while found.files + number < FILES_MIN or found.size + number * FILLER_SIZE < BYTES_MIN:

@@ -21,8 +21,9 @@ import struct
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
+from stat import S_ISLNK
 
 from corral.cli.demo.plain import PlainFiles
 from corral.cli.demo.trees import AnyFiles, Differs, compare, copy, walk
@@ -78,13 +79,24 @@ async def follow(files: AnyFiles, directory: str, count: int) -> int:
     """Reads every file as soon as its name is there, until `count` files have been read."""
     seen: set[str] = set()
     while len(seen) < count:
-        with suppress(FileNotFoundError):  # the tree has not been begun
+        if await exists(files, directory):
             async for path, _, names in walk(files, directory):
                 for full in [f"{path}/{name}" for name in names if f"{path}/{name}" not in seen]:
-                    await files.read(full)
+                    if S_ISLNK((await files.stat(full, follow=False)).mode):
+                        await files.readlink(full)  # it may point to nothing, or out of this filesystem
+                    else:
+                        await files.read(full)
                     seen.add(full)
         await asyncio.sleep(0.05)
     return len(seen)
+
+
+async def exists(files: AnyFiles, path: str) -> bool:
+    try:
+        await files.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 async def work(files: AnyFiles, job: str, rest: list[str]) -> int:
