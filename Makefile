@@ -10,7 +10,7 @@ BODY ?= mounts.shared
 SEED ?= 1
 SECONDS ?= $(if $(filter fuzz,$(MAKECMDGOALS)),60,600)
 
-.PHONY: help install check lint types floors unit test sim campaign campaign-report dlm-model plants fuzz demo interrupts soak bench bench-diff system clean
+.PHONY: help install check lint types floors unit test sim campaign campaign-report dlm-model plants fuzz demo interrupts soak test-compiled bench bench-diff system clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -25,8 +25,8 @@ $(STAMP): pyproject.toml
 install: $(STAMP)  ## create .venv and install corral with its tools
 
 lint: $(STAMP)  ## ruff: rules and format
-	$(BIN)/ruff check src tests bench
-	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench corral_build.py setup.py
+	$(BIN)/ruff format --check src tests bench corral_build.py setup.py
 
 types: $(STAMP)  ## mypy --strict
 	$(BIN)/mypy
@@ -46,6 +46,9 @@ test: lint types floors $(STAMP)  ## everything a change must pass: check, simul
 
 stories: $(STAMP)  ## real processes and mounts under faults, as in `test`; and broken networks (namespaces, 90 seconds more)
 	$(BIN)/pytest tests/integration/test_stories.py tests/integration/test_partitions.py
+
+test-compiled: $(STAMP)  ## the wheel with compiled engines: unit tests, scenarios, golden bytes and the simulated locks against it
+	$(BIN)/python -m tests.compiled
 
 sim: $(STAMP)  ## one simulated seed again: SEED=n [BODY=mounts.shared] [TRACE=file]
 	$(BIN)/python -m tests.sim.campaign --show $(BODY) $(SEED) $(if $(TRACE),--trace $(TRACE))

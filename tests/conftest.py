@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import corral
 from tests.integration import netns
 
 SKIPS = Path(__file__).parent / "ci-skips.txt"
@@ -21,6 +22,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs root")
     if item.get_closest_marker("fuse") and not os.path.exists("/dev/fuse"):
         pytest.skip("needs /dev/fuse")
+    if item.get_closest_marker("interpreted") and corral.compiled():
+        pytest.skip("changes code inside an engine, and the engines are compiled")
     if item.get_closest_marker("netns") and (reason := netns.missing()):
         pytest.skip(reason)
 

@@ -46,11 +46,20 @@ __all__ = [
     "ProviderError",
     "TimedOut",
     "WouldBlock",
+    "compiled",
     "connect",
     "local",
     "open_filesystem",
     "sync",
 ]
+
+
+def compiled() -> bool:
+    """Whether the engines of this installation are compiled, as in a wheel, or pure Python: the same, only slower."""
+    from importlib.util import find_spec
+
+    spec = find_spec("corral.dlm.resource")
+    return spec is not None and spec.origin is not None and not spec.origin.endswith(".py")
 
 
 def __getattr__(name: str) -> Any:

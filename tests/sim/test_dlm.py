@@ -184,6 +184,7 @@ PLANTS = {
 }
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
 def test_the_checkers_catch_what_they_exist_for(plant, monkeypatch):
     plant(monkeypatch)

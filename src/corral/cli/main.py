@@ -9,7 +9,10 @@ from typing import Any
 
 import click
 
+import corral
 from corral.base.errors import ClusterError, ConfigurationError
+
+ENGINES = "compiled engines" if corral.compiled() else "engines in pure Python"
 
 
 class Sentences(click.Group):
@@ -40,7 +43,7 @@ class Sentences(click.Group):
     show_envvar=True,
     help="Unix socket of the corrald to talk to.",
 )
-@click.version_option(package_name="corral")
+@click.version_option(package_name="corral", message=f"%(prog)s %(version)s, {ENGINES}")
 @click.pass_context
 def main(context: click.Context, socket: str) -> None:
     """Cluster services for Linux: membership, fencing, locks and a shared-disk filesystem."""

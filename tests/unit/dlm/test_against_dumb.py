@@ -55,6 +55,7 @@ def write_from_a_reader(patch):
     patch.setattr(Resource, "unlock", planted)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("plant", [forget_noorder, tell_twice, write_from_a_reader], ids=lambda plant: plant.__name__)
 def test_a_wrong_rule_is_found_and_the_story_of_it_is_short(plant, monkeypatch):
     plant(monkeypatch)
