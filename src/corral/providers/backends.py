@@ -216,6 +216,7 @@ class NativeBackend:
 
     def __init__(self, world: World, native: NativeLockspace, client: int = 1) -> None:
         self.name: Final = native.name
+        self.value_size: Final = native.engine.value_size
         self.lost: asyncio.Future[str] = world.future()
         self.lease_until: Callable[[], Instant] = native.lease_until
         self._native = native
@@ -258,10 +259,10 @@ class NativeBackend:
         if self._native.engine.busy(force):
             raise Busy(f"lockspace {self.name} has locks; end them, or release it by force")
         await self.close()
-        self._lost("the lockspace was released")
 
     async def close(self) -> None:
         self._native.client_gone(self._client)
+        self._lost("the lockspace was closed")
         await self._native.close()
 
     # What the engine decides within `submit` waits for the next loop turn, and what comes meanwhile stays behind it.

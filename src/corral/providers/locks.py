@@ -8,24 +8,32 @@ One code path for every provider: a backend is the low level of `api.dlm.Lockspa
 when everything is lost. Here are futures, task cancellation, kept locks and LockLost.
 
 - Cancelling a task that waits for a lock cancels the request; a grant on its way is given back (one force unlock does
-  both).
+  both). Cancelling one that waits for a conversion cancels the conversion, and one that was granted meanwhile is
+  converted back; what cannot be undone stays: a lowered mode, and PR <-> CW. Until that is settled `mode` is what is
+  held in any case, and the next conversion waits. An unlock goes on without its task.
 - `keep=True`: leaving the body keeps the lock; the next `lock()` of that name and mode takes it again without a
   message, with the same token, unless the lease has lapsed. It goes when somebody else wants the resource.
-- When the guarantee is lost for good, the body is cancelled and `async with` raises LockLost.
+- When the guarantee is lost for good, the body is cancelled and `async with` raises LockLost. Closing a lockspace
+  while a body holds a lock of it is such a loss.
+
+Everything here belongs to the thread of the loop that opened the lockspace; another one is refused before anything has
+happened (`corral.sync` is for threads).
 """
 
 import asyncio
 from asyncio import current_task
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Final, Protocol, final
 
 from corral.api.dlm import (
+    CR,
     ECANCEL,
     EUNLOCK,
     EX,
     FORCEUNLOCK,
+    IV,
     MODE_NAMES,
     NOQUEUE,
     VALBLK,
@@ -34,9 +42,21 @@ from corral.api.dlm import (
 )
 from corral.base.errors import Busy, Cancelled, ClusterError, Deadlock, LockLost, TimedOut, WouldBlock
 from corral.base.ids import NAME_MAX
-from corral.base.time import Instant, Seconds, from_seconds
+from corral.base.time import Instant, Seconds, from_seconds, to_seconds
 from corral.base.world import World
-from corral.dlm.modes import EAGAIN, EBUSY, EDEADLK, EINVAL, ENOMEM, ENOTCONN, ETIMEDOUT, VALUE_TRANSFER, WRITE
+from corral.dlm.modes import (
+    EAGAIN,
+    EBUSY,
+    EDEADLK,
+    EINVAL,
+    ENOMEM,
+    ENOTCONN,
+    ETIMEDOUT,
+    VALUE_TRANSFER,
+    WRITE,
+    is_down,
+    least,
+)
 
 Completed = Callable[[int, Completion], None]
 Blocking = Callable[[int, int], None]
@@ -50,6 +70,10 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def value_size(self) -> int:
+        """Bytes of a value block."""
+
     @property
     def lost(self) -> "asyncio.Future[str]":
         """Resolves with the reason when every lock is lost for good."""
@@ -107,6 +131,7 @@ class HeldLock:
         "_lost",
         "_near",
         "_on_block",
+        "_settling",
         "_space",
         "_task",
         "mode",
@@ -133,6 +158,7 @@ class HeldLock:
         self._near = False  # granted within the call, so mastered here: its end may be decided so too
         self._lost = False
         self._task: asyncio.Task[Any] | None = None
+        self._settling: asyncio.Future[None] | None = None  # while a cancelled conversion is taken back
 
     def __repr__(self) -> str:
         mode = MODE_NAMES[self.mode] if self.mode >= 0 else "released"
@@ -145,31 +171,35 @@ class HeldLock:
     async def convert(
         self, mode: int, *, wait: bool = True, value: bytes | None = None, timeout: Seconds | None = None
     ) -> None:
-        self._check()
         if not 0 <= mode <= EX:
             raise ValueError(f"{mode} is not a lock mode")
+        self._check(value)
+        timeout_ns = _timeout_ns(timeout)
+        if self._settling is not None:
+            timeout_ns = await self._space.settled(self._settling, wait, timeout_ns, f"convert {self.resource!r}")
+            self._check(value)
         # A conversion that would write the block unasked keeps its hands off.
         writes = VALUE_TRANSFER[self.mode + 1][mode] == WRITE
         flags = (VALBLK if value is not None or not writes else 0) | (0 if wait else NOQUEUE)
-        request = Request(
-            "convert", mode=mode, flags=flags, lock=self._handle, value=value, timeout_ns=_timeout_ns(timeout)
-        )
+        request = Request("convert", mode=mode, flags=flags, lock=self._handle, value=value, timeout_ns=timeout_ns)
         self._space.unkeep(self)  # it was kept under its old mode
         self._take(await self._space.complete(request, self), flags)
         self._key = (self._key[0], self.mode)
 
     async def unlock(self, *, value: bytes | None = None) -> None:
-        self._check()
+        self._check(value)
         self.mode = -1
         self._space.released(self)
-        flags = VALBLK if value is not None else 0
+        flags = FORCEUNLOCK if value is None else FORCEUNLOCK | VALBLK  # also while a conversion of it is under way
         await self._space.complete(Request("unlock", flags=flags, lock=self._handle, value=value), self)
 
-    def _check(self) -> None:
+    def _check(self, value: bytes | None = None) -> None:
         if self._lost:
             raise LockLost(f"{self.resource!r}: {self._space.lost_reason}")
         if self.mode < 0:
             raise ValueError(f"{self.resource!r} is not held any more")
+        if value is not None and len(value) > self._space.backend.value_size:
+            raise ValueError(f"{self.resource!r}: a value has at most {self._space.backend.value_size} bytes here")
 
     def _take(self, completion: Completion, flags: int) -> None:
         self.mode = completion.mode
@@ -177,6 +207,13 @@ class HeldLock:
         if flags & VALBLK:
             self.value = completion.value
             self.value_valid = completion.value_valid
+
+    def arrived(self, completion: Completion) -> None:
+        """What became of a conversion that nobody waits for any more."""
+        if self.mode >= 0 and completion.mode >= 0 and not self._lost:
+            self.mode = completion.mode
+            self.token = completion.token
+            self._key = (self._key[0], self.mode)
 
     def _told(self, _handle: int, mode: int) -> None:
         """Somebody wants `mode`: it is kept no longer."""
@@ -252,11 +289,16 @@ class PendingLock:
 
     async def _lost(self, held: HeldLock, task: "asyncio.Task[Any] | None", error: BaseException | None) -> None:
         """Turns the cancellation that the loss caused into LockLost; one that somebody else asked for goes on."""
-        if task is not None and task.uncancel() > 0 and isinstance(error, asyncio.CancelledError):
-            return
-        if task is not None and not isinstance(error, asyncio.CancelledError):
-            with suppress(asyncio.CancelledError):
+        others = task is not None and task.uncancel() > 0
+        if isinstance(error, asyncio.CancelledError):
+            if others:
+                return
+        elif task is not None:
+            try:
                 await asyncio.sleep(0)  # the body ended in the very turn of the loss: its cancellation is still to come
+            except asyncio.CancelledError:
+                if others:
+                    raise
         raise LockLost(f"{held.resource!r}: {self._space.lost_reason}") from error
 
 
@@ -269,6 +311,7 @@ class LockSpace:
         self.loop: Final = asyncio.get_running_loop()  # asked for once: each time costs a system call
         self.lost_reason = ""
         self._world = world
+        self._thread = get_ident()
         self._now: Callable[[Request, Blocking | None], tuple[int, Completion] | None] | None
         self._now = getattr(backend, "submit_now", None)
         self._held: dict[int, HeldLock] = {}
@@ -297,28 +340,28 @@ class LockSpace:
         return PendingLock(self, key, flags if wait else flags | NOQUEUE, timeout, keep, on_block)
 
     def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
+        self._check_thread()
         return self.backend.submit(requests, completed, blocking)
 
     async def release(self, force: int = 0) -> None:
         """This node leaves the lockspace; every client of it here loses it. Raises Busy: with `force` 0 while there
         are locks of clients here or of other nodes mastered here, with 1 while clients here have locks. Kept locks
         that nobody uses are given back first."""
+        self._check_thread()
         for held in list(self._kept.values()):
             if not held._in_use:
                 self.give_back(held)
         await self.backend.release(force)
 
     async def close(self) -> None:
-        """Every lock of this lockspace is given back."""
-        for held in list(self._held.values()):
-            self.unkeep(held)
-            held.mode = -1
-        self._held.clear()
+        """Every lock of this lockspace is given back; who still holds one has lost it (LockLost)."""
+        self._check_thread()
         await self.backend.close()
 
     # --- for HeldLock and PendingLock --------------------------------------------------------------------------------
 
     async def acquire(self, held: HeldLock, mode: int, flags: int, timeout_ns: int) -> None:
+        self._check_thread()
         request = Request("lock", held.resource, mode, flags | VALBLK, timeout_ns=timeout_ns)
         if self._now is not None and (done := self._now(request, held._told)) is not None:
             held._handle, completion = done
@@ -347,12 +390,12 @@ class LockSpace:
         held._handle = handle
         self._waiting.add(answer)
         try:
-            completion = await answer
+            completion = await (asyncio.shield(answer) if request.op == "convert" else answer)
         except asyncio.CancelledError:
             if request.op == "lock":
                 self._drop(handle)
             elif request.op == "convert":
-                self.backend.submit([Request("cancel", lock=handle)], _ignored)
+                self._take_back(held, request, answer)
             raise
         finally:
             self._waiting.discard(answer)
@@ -360,7 +403,20 @@ class LockSpace:
             return completion
         if request.op == "lock":
             self.backend.forget(handle)
+        elif request.op == "convert":
+            held.arrived(completion)  # the old mode, or what a recovery could save of it
         raise failure(completion, _what(request, held))
+
+    async def settled(self, settling: "asyncio.Future[None]", wait: bool, timeout_ns: int, what: str) -> int:
+        """Waits until a cancelled conversion is taken back; returns what is left of the timeout."""
+        if not wait:
+            raise WouldBlock(f"{what}: a conversion that was cancelled is still being taken back")
+        began = self._world.now()
+        await asyncio.wait((settling,), timeout=to_seconds(timeout_ns) if timeout_ns else None)
+        left = timeout_ns - (self._world.now() - began)
+        if timeout_ns and (left <= 0 or not settling.done()):
+            raise TimedOut(f"{what}: a conversion that was cancelled was not taken back within its timeout")
+        return max(left, 0)
 
     @property
     def valid(self) -> bool:
@@ -369,6 +425,7 @@ class LockSpace:
 
     def retake(self, key: Key, on_block: Callable[[int], None] | None) -> HeldLock | None:
         """A kept lock that is idle, while its guarantee holds."""
+        self._check_thread()
         held = self._kept.get(key)
         if held is None or held._in_use or self._world.now() >= self.backend.lease_until():
             return None
@@ -379,7 +436,7 @@ class LockSpace:
     def leave(self, held: HeldLock) -> None:
         """The body is over for a lock that is not kept yet: keep it from now on, or give it back."""
         kept = self._kept
-        if not held._keep or held._key in kept:
+        if not held._keep or held._key in kept or held._settling is not None:
             self.give_back(held)
             return
         held._in_use = False
@@ -413,10 +470,57 @@ class LockSpace:
 
     # --- leaves ------------------------------------------------------------------------------------------------------
 
+    def _check_thread(self) -> None:
+        if get_ident() != self._thread:
+            raise RuntimeError("a lockspace belongs to the thread that opened it; corral.sync is for several threads")
+
+    def _take_back(self, held: HeldLock, request: Request, answer: "asyncio.Future[Completion]") -> None:
+        """Whoever waited for this conversion was cancelled; `answer` may be there already, and not looked at."""
+        if held.mode < 0 or self._over:
+            return
+        before = held.mode
+        if not answer.done():
+            certain = least(before, request.mode, request.flags)
+            held.mode = CR if certain == IV else certain  # what both PR and CW allow
+            self.backend.submit([Request("cancel", lock=held._handle)], _ignored)
+        elif answer.exception() is None:
+            held.arrived(answer.result())
+        held._settling = self._world.spawn(self._settle(held, request.mode, before, answer), "take a conversion back")
+
+    async def _settle(self, held: HeldLock, asked: int, before: int, answer: "asyncio.Future[Completion]") -> None:
+        try:
+            held.arrived(await self._unless_lost(answer))
+            if held.mode == asked != before and is_down(asked, before):  # it was granted before the cancel came
+                held.mode = before
+                back: asyncio.Future[Completion] = self._world.future()
+                self.backend.submit(
+                    [Request("convert", mode=before, lock=held._handle)],
+                    lambda _handle, completion: None if back.done() else back.set_result(completion),
+                )
+                held.arrived(await self._unless_lost(back))
+        except LockLost:
+            pass  # and so is the lock
+        finally:
+            held._settling = None
+
+    async def _unless_lost(self, answer: "asyncio.Future[Completion]") -> Completion:
+        if self._over:
+            raise LockLost(self.lost_reason)
+        self._waiting.add(answer)
+        try:
+            return await answer
+        finally:
+            self._waiting.discard(answer)
+
+    @property
+    def _over(self) -> bool:
+        """Also in the loop turn in which it became so, before `_lose`."""
+        return self.backend.lost.done()
+
     def _drop(self, handle: int, *, near: bool = False) -> None:
         """Ends a lock in whatever state it is: held, asked for, or granted while nobody looked."""
         self.backend.forget(handle)
-        if self.lost_reason:
+        if self._over:
             return
         request = Request("unlock", flags=FORCEUNLOCK, lock=handle)
         if not near or self._now is None or self._now(request, None) is None:
