@@ -43,6 +43,11 @@ COMPILED = (
     "corral/dlm/resource.py",
     "corral/dlm/solo.py",
     "corral/dlm/space.py",
+    "corral/providers/backends.py",
+    "corral/providers/local.py",
+    "corral/providers/locks.py",
+    "corral/providers/native_dlm.py",
+    "corral/providers/page.py",
 )
 
 # mypyc checks types before it compiles, so it must see what the modules import.

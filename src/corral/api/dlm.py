@@ -160,11 +160,23 @@ class Lock(Protocol):
     def token(self) -> int:
         """Grows with every grant by the master; unique per resource over the life of the cluster (DESIGN 5)."""
 
+    @property
+    def kept(self) -> bool:
+        """Asked for with keep=True, idle, and guaranteed: `with` would take it again now."""
+
     async def convert(
         self, mode: int, *, wait: bool = True, value: bytes | None = None, timeout: Seconds | None = None
     ) -> None: ...
 
     async def unlock(self, *, value: bytes | None = None) -> None: ...
+
+    def __enter__(self) -> "Lock":
+        """Takes a kept lock again without waiting, for a body that does not wait either: that is not cancelled when
+        the guarantee is lost. Raises WouldBlock when it is not `kept`, LockLost when it is lost."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 class Pending(Protocol):

@@ -32,6 +32,7 @@ class LocalBackend:
         self.value_size: Final = value_size
         self.engine: Final = solo(world.now(), name, value_size)
         self.lost: asyncio.Future[str] = world.future()
+        self.lease_until: Callable[[], Instant] = _for_ever
         self.closed: Callable[[], None] = _nothing
         self._world = world
         self._timer: Timer | None = None
@@ -42,9 +43,6 @@ class LocalBackend:
         self._blocking: dict[int, Blocking] = {}
         self._delivering = False
         self._loop = asyncio.get_running_loop()
-
-    def lease_until(self) -> Instant:
-        return 0 if self.lost.done() else FOREVER
 
     def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
         if self.lost.done():
@@ -97,6 +95,7 @@ class LocalBackend:
             self._timer.cancel()
             self._timer = None
         self.lost.set_result("the lockspace was closed")
+        self.lease_until = _no_lease
         self.closed()
 
     # --- leaves ------------------------------------------------------------------------------------------------------
@@ -177,6 +176,16 @@ class LocalLocks:
 
     def _forget(self, name: str) -> None:
         self._spaces.pop(name, None)
+
+
+def _for_ever() -> Instant:
+    """The lease of who has nobody to agree with."""
+    return FOREVER
+
+
+def _no_lease() -> Instant:
+    """Of a lockspace that is closed."""
+    return 0
 
 
 def _nothing() -> None:

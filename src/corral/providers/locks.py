@@ -12,7 +12,8 @@ when everything is lost. Here are futures, task cancellation, kept locks and Loc
   converted back; what cannot be undone stays: a lowered mode, and PR <-> CW. Until that is settled `mode` is what is
   held in any case, and the next conversion waits. An unlock goes on without its task.
 - `keep=True`: leaving the body keeps the lock; the next `lock()` of that name and mode takes it again without a
-  message, with the same token, unless the lease has lapsed. It goes when somebody else wants the resource.
+  message, with the same token, unless the lease has lapsed. It goes when somebody else wants the resource. Who has the
+  lock in hand takes it again by `with held:`, which waits for nobody.
 - When the guarantee is lost for good, the body is cancelled and `async with` raises LockLost. Closing a lockspace
   while a body holds a lock of it is such a loss.
 
@@ -124,7 +125,7 @@ class HeldLock:
 
     __slots__ = (
         "_handle",
-        "_in_use",
+        "_idle",
         "_keep",
         "_kept",
         "_key",
@@ -153,8 +154,8 @@ class HeldLock:
         self._keep = keep  # wanted kept, and nobody else has asked for it
         self._key = key
         self._kept = False  # in the table of kept locks, in use or idle
+        self._idle = False  # kept, and nobody uses it: whoever takes it compares the lease and makes this False
         self._on_block = on_block
-        self._in_use = True
         self._near = False  # granted within the call, so mastered here: its end may be decided so too
         self._lost = False
         self._task: asyncio.Task[Any] | None = None
@@ -167,6 +168,37 @@ class HeldLock:
     @property
     def valid(self) -> bool:
         return self.mode >= 0 and not self._lost and self._space.valid
+
+    @property
+    def kept(self) -> bool:
+        """Whether `with` would take it again now."""
+        return self._idle and self._space.valid
+
+    def __enter__(self) -> "HeldLock":
+        """Takes a kept lock again, at once. Raises WouldBlock when it is in use, has been given back, or the lease has
+        lapsed, and LockLost: lock() asks for another."""
+        space = self._space
+        if not self._idle or space.now() >= space.backend.lease_until() or get_ident() != space.thread:
+            raise self._not_kept()
+        self._idle = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._kept:
+            self._idle = True
+        elif self._lost:
+            raise LockLost(f"{self.resource!r}: {self._space.lost_reason}") from error
+        elif self.mode >= 0:
+            self._space.leave(self)
+
+    def _not_kept(self) -> ClusterError:
+        self._space.check_thread()
+        if self._lost:
+            return LockLost(f"{self.resource!r}: {self._space.lost_reason}")
+        why = "the lease has lapsed" if self._idle else "is in use" if self.mode >= 0 else "has been given back"
+        return WouldBlock(f"{self.resource!r}: {why}; lock() waits for one")
 
     async def convert(
         self, mode: int, *, wait: bool = True, value: bytes | None = None, timeout: Seconds | None = None
@@ -217,7 +249,7 @@ class HeldLock:
 
     def _told(self, _handle: int, mode: int) -> None:
         """Somebody wants `mode`: it is kept no longer."""
-        if not self._in_use:
+        if self._idle:
             self._space.give_back(self)
             return
         self._keep = False
@@ -281,7 +313,7 @@ class PendingLock:
         held = self._held
         task, held._task = held._task, None
         if held._kept:
-            held._in_use = False
+            held._idle = True
         elif held._lost:
             await self._lost(held, task, error)
         elif held.mode >= 0:
@@ -309,9 +341,10 @@ class LockSpace:
     def __init__(self, world: World, backend: Backend) -> None:
         self.backend: Final = backend
         self.loop: Final = asyncio.get_running_loop()  # asked for once: each time costs a system call
+        self.now: Final = world.now
         self.lost_reason = ""
         self._world = world
-        self._thread = get_ident()
+        self.thread = get_ident()
         self._now: Callable[[Request, Blocking | None], tuple[int, Completion] | None] | None
         self._now = getattr(backend, "submit_now", None)
         self._held: dict[int, HeldLock] = {}
@@ -340,28 +373,28 @@ class LockSpace:
         return PendingLock(self, key, flags if wait else flags | NOQUEUE, timeout, keep, on_block)
 
     def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
-        self._check_thread()
+        self.check_thread()
         return self.backend.submit(requests, completed, blocking)
 
     async def release(self, force: int = 0) -> None:
         """This node leaves the lockspace; every client of it here loses it. Raises Busy: with `force` 0 while there
         are locks of clients here or of other nodes mastered here, with 1 while clients here have locks. Kept locks
         that nobody uses are given back first."""
-        self._check_thread()
+        self.check_thread()
         for held in list(self._kept.values()):
-            if not held._in_use:
+            if held._idle:
                 self.give_back(held)
         await self.backend.release(force)
 
     async def close(self) -> None:
         """Every lock of this lockspace is given back; who still holds one has lost it (LockLost)."""
-        self._check_thread()
+        self.check_thread()
         await self.backend.close()
 
     # --- for HeldLock and PendingLock --------------------------------------------------------------------------------
 
     async def acquire(self, held: HeldLock, mode: int, flags: int, timeout_ns: int) -> None:
-        self._check_thread()
+        self.check_thread()
         request = Request("lock", held.resource, mode, flags | VALBLK, timeout_ns=timeout_ns)
         if self._now is not None and (done := self._now(request, held._told)) is not None:
             held._handle, completion = done
@@ -421,15 +454,15 @@ class LockSpace:
     @property
     def valid(self) -> bool:
         """Whether held locks are guaranteed now: the lease runs."""
-        return self._world.now() < self.backend.lease_until()
+        return self.now() < self.backend.lease_until()
 
     def retake(self, key: Key, on_block: Callable[[int], None] | None) -> HeldLock | None:
         """A kept lock that is idle, while its guarantee holds."""
-        self._check_thread()
+        self.check_thread()
         held = self._kept.get(key)
-        if held is None or held._in_use or self._world.now() >= self.backend.lease_until():
+        if held is None or not held._idle or self.now() >= self.backend.lease_until():
             return None
-        held._in_use = True
+        held._idle = False
         held._on_block = on_block
         return held
 
@@ -439,20 +472,19 @@ class LockSpace:
         if not held._keep or held._key in kept or held._settling is not None:
             self.give_back(held)
             return
-        held._in_use = False
-        held._kept = True
+        held._kept = held._idle = True
         kept[held._key] = held
         while len(kept) > KEPT_MAX:
             oldest = next(iter(kept.values()))
-            if oldest._in_use:
-                self.unkeep(oldest)  # its body gives it back, or keeps it anew
-            else:
+            if oldest._idle:
                 self.give_back(oldest)
+            else:
+                self.unkeep(oldest)  # its body gives it back, or keeps it anew
 
     def unkeep(self, held: HeldLock) -> None:
         """Takes it out of the table; it stays held."""
         if held._kept:
-            held._kept = False
+            held._kept = held._idle = False
             del self._kept[held._key]
 
     def give_back(self, held: HeldLock) -> None:
@@ -470,8 +502,8 @@ class LockSpace:
 
     # --- leaves ------------------------------------------------------------------------------------------------------
 
-    def _check_thread(self) -> None:
-        if get_ident() != self._thread:
+    def check_thread(self) -> None:
+        if get_ident() != self.thread:
             raise RuntimeError("a lockspace belongs to the thread that opened it; corral.sync is for several threads")
 
     def _take_back(self, held: HeldLock, request: Request, answer: "asyncio.Future[Completion]") -> None:

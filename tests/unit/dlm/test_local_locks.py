@@ -209,6 +209,7 @@ def test_a_kept_lock_that_was_converted_is_kept_in_its_new_mode():
     locally(body)
 
 
+@pytest.mark.interpreted
 def test_kept_locks_are_bounded(monkeypatch):
     monkeypatch.setattr(locks, "KEPT_MAX", 2)
 
@@ -219,6 +220,86 @@ def test_kept_locks_are_bounded(monkeypatch):
             async with space.lock(name, EX, keep=True) as held:
                 kept.append(held)
         assert [held.mode for held in kept] == [-1, -1, EX, EX]
+
+    locally(body)
+
+
+def test_who_has_a_kept_lock_in_hand_takes_it_again_without_waiting():
+    async def body(manager, world):
+        space = await manager.lockspace("orders")
+        async with space.lock("x", EX, keep=True) as held:
+            token = held.token
+            assert not held.kept
+            with pytest.raises(WouldBlock, match="in use"), held:
+                pytest.fail("it has one user at a time")
+        for _ in range(3):
+            assert held.kept
+            with held as again:
+                assert (again is held, held.token, held.valid, held.kept) == (True, token, True, False)
+                with pytest.raises(WouldBlock, match="in use"), held:
+                    pytest.fail("it has one user at a time")
+        async with space.lock("x", PR):
+            assert not held.kept
+        with pytest.raises(WouldBlock, match="given back"), held:
+            pytest.fail("somebody else had it")
+
+    locally(body)
+
+
+def test_a_kept_lock_is_not_taken_again_by_hand_once_its_lease_has_lapsed():
+    async def body(manager, world):
+        space = await manager.lockspace("orders")
+        async with space.lock("x", EX, keep=True) as held:
+            pass
+        space.backend.lease_until = lambda: world.now()
+        assert not held.kept
+        with pytest.raises(WouldBlock, match="lapsed"), held:
+            pytest.fail("the lease has lapsed")
+        space.backend.lease_until = lambda: world.now() + 1
+        with held:
+            space.backend.lost.set_result("evicted")
+            space.backend.lease_until = lambda: 0
+            with pytest.raises(WouldBlock, match="in use"), held:
+                pytest.fail("it is in use")
+        with pytest.raises(WouldBlock, match="lapsed"), held:
+            pytest.fail("the loss is known by the lease before it is told")
+        await asyncio.sleep(1)
+        with pytest.raises(LockLost, match="evicted"), held:
+            pytest.fail("it is lost")
+
+    locally(body)
+
+
+def test_a_lock_lost_while_taken_by_hand_is_told_when_its_body_ends():
+    async def body(manager, world):
+        space = await manager.lockspace("orders")
+        async with space.lock("x", EX, keep=True) as held:
+            pass
+
+        async def use():
+            with held:
+                space.backend.lost.set_result("evicted")
+                await asyncio.sleep(1)
+                assert not held.valid
+
+        with pytest.raises(LockLost, match="evicted"):
+            await use()
+
+    locally(body)
+
+
+def test_a_kept_lock_wanted_while_taken_by_hand_goes_when_its_body_ends():
+    async def body(manager, world):
+        space = await manager.lockspace("orders")
+        async with space.lock("x", EX, keep=True) as held:
+            pass
+        with held:
+            waiting = asyncio.ensure_future(space.lock("x", EX)._acquire())
+            await asyncio.sleep(1)
+            assert not waiting.done()
+            assert held.mode == EX
+        other = await waiting
+        assert (held.mode, other.mode) == (-1, EX)
 
     locally(body)
 
