@@ -22,7 +22,7 @@ from corral.providers.backends import SocketBackend
 from corral.providers.client import CorraldClient
 from corral.providers.local import LocalLocks
 from corral.providers.locks import LockSpace
-from corral.providers.page import PAGE_SIZE, PageReader
+from corral.providers.page import PAGE_SIZE
 from corral.real.world import RealWorld
 
 DEFAULT_SOCKET: Final = "/run/corral/corrald.sock"
@@ -48,7 +48,7 @@ class Cluster:
         self._socket = socket
         self._world: RealWorld
         self._client: CorraldClient
-        self._page: PageReader
+        self._page: memoryview
         self._spaces: dict[str, LockSpace] = {}
 
     async def _open(self) -> None:
@@ -56,7 +56,7 @@ class Cluster:
         self._client = CorraldClient(self._world, self._socket)
         try:
             await self._client.open()
-            self._page = PageReader(self._world.page(self._client.identity.page, PAGE_SIZE, create=False), None)
+            self._page = self._world.page(self._client.identity.page, PAGE_SIZE, create=False)
         except BaseException:
             await self._world.close()
             raise

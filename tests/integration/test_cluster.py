@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -145,6 +146,62 @@ def test_a_lockspace_is_made_once_and_released_when_nobody_needs_it_or_by_force(
             await again.release()
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["its-node", "its-lock-service"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "held"])
+def test_a_client_too_busy_to_hear_of_its_loss_counts_on_its_lock_no_longer_than_it_may(
+    local: Local, whole: bool, kept: bool
+) -> None:
+    """Its loop does not turn, so it never hears that the connection broke: only the page can tell it."""
+    script = (
+        "import asyncio, contextlib, corral, sys, time\n"
+        "async def main():\n"
+        "    async with corral.connect(sys.argv[1]) as cluster:\n"
+        "        space = await cluster.lockspace('s')\n"
+        "        kept = sys.argv[2] == 'True'\n"
+        "        held = await space.lock('a', keep=kept)\n"
+        "        if kept: space.leave(held)\n"
+        "        print('held', flush=True)\n"
+        "        sure, end = 0, time.monotonic() + 10\n"
+        "        with contextlib.suppress(corral.LockLost):\n"
+        "            while time.monotonic() < end:\n"
+        "                if kept:\n"
+        "                    async with space.lock('a', keep=True):\n"
+        "                        sure = time.monotonic_ns()\n"
+        "                elif held.valid:\n"
+        "                    sure = time.monotonic_ns()\n"
+        "                else:\n"
+        "                    break\n"
+        "        print(sure, flush=True)\n"
+        "        sys.stdin.read()\n"
+        "asyncio.run(main())\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, local.socket(3), str(kept)], stdout=subprocess.PIPE, stdin=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+
+    async def take() -> int:
+        async with corral.connect(local.socket(1)) as cluster:
+            space = await cluster.lockspace("s")
+            waiting = asyncio.ensure_future(asyncio.wait_for(space.lock("a", corral.EX)._acquire(), 20))
+            await asyncio.sleep(0.2)
+            if whole:
+                await asyncio.to_thread(command, "node", "kill", "3", local.dir)
+            else:
+                for process in processes.read_participants(local.layout.node(3).participants):
+                    processes.send(process, signal.SIGKILL)
+            await waiting
+            return time.monotonic_ns()
+
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        granted = asyncio.run(take())
+        assert int(holder.stdout.readline()) < granted
+    finally:
+        holder.kill()
+        holder.communicate()
 
 
 def test_a_client_that_dies_frees_its_locks_at_once(local: Local) -> None:

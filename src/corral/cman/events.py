@@ -55,7 +55,8 @@ class LeaseLapsed(NamedTuple):
 
 
 class Proved(NamedTuple):
-    """POWERED or KILLED: that incarnation can do nothing any more, so its lease need not be waited for."""
+    """POWERED: neither that incarnation nor a client of it can do anything any more, so its lease need not be waited
+    for."""
 
     node: NodeId
     incarnation: Incarnation

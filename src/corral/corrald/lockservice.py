@@ -164,7 +164,8 @@ class Client:
         if error:
             self._service.forget(space)
             self._spaces.pop(number, None)
-        self.tell(Opened(number, error))
+        identity = self._service.participant.identity
+        self.tell(Opened(number, error, identity.page_slot, identity.me.serial))
 
     def _submit(self, message: SubmitBatch) -> None:
         found = self._spaces.get(message.space)

@@ -5,7 +5,6 @@ from typing import Any, Final, final
 
 from corral.api.fence import (
     ANY_INCARNATION,
-    KILLED,
     POWERED,
     PROOF_NAMES,
     FenceConfig,
@@ -44,7 +43,8 @@ Transmit = Callable[[MemberId, int, bytes], None]
 @final
 class Fencing:
     """`done(round_id)`: the fence part of this node's start is over. `cut_off(victim, proven)`: that incarnation is no
-    danger any more; `proven` when none of its processes can act, so that its lease need not be waited for.
+    danger any more; `proven` when nothing on that machine can act, so that its lease need not be waited for. KILLED is
+    not enough: light clients outlive their node, and count on their locks as long as the lease runs.
     `fencing(nodes)`: on these an agent works, here or elsewhere; none may join meanwhile. `expel(member)`: leave that
     member out of the next view, so that it can be fenced."""
 
@@ -161,7 +161,7 @@ class Fencing:
             self._done(event.round)
         elif isinstance(event, NodeFenced):
             self._chronicle.note("fence", str(event))
-            self._cut_off(event.victim, event.proof in (POWERED, KILLED))
+            self._cut_off(event.victim, event.proof == POWERED)
         elif isinstance(event, FenceStarted):
             self._chronicle.note("fence", f"fencing node {event.victim.node} by method {event.method}")
         elif isinstance(event, FenceFailed):

@@ -96,12 +96,13 @@ class SocketBackend:
     """
 
     def __init__(
-        self, world: World, socket: str, name: str, value_size: int, page: PageReader, exclusive: bool = False
+        self, world: World, socket: str, name: str, value_size: int, page: memoryview, exclusive: bool = False
     ) -> None:
         self.name: Final = name
         self.value_size: Final = value_size
         self.lost: asyncio.Future[str] = world.future()
-        self.lease_until: Callable[[], Instant] = page.lease_until
+        self.lease_until: Callable[[], Instant] = _no_lease  # before it is open
+        self._page = page
         self._exclusive = exclusive
         self._released: asyncio.Future[str] | None = None
         self._world = world
@@ -180,7 +181,7 @@ class SocketBackend:
                 for handle, mode in message.blocked:
                     self._books.block(handle, mode)
             elif isinstance(message, Opened):
-                self._open_answer(message.error)
+                self._open_answer(message)
             elif isinstance(message, Released):
                 if self._released is not None and not self._released.done():
                     self._released.set_result(message.error)
@@ -191,19 +192,24 @@ class SocketBackend:
     def broken(self, reason: str) -> None:
         self._end(f"the connection to the lock service broke: {reason}")
 
-    def _open_answer(self, error: str) -> None:
+    def _open_answer(self, answer: Opened) -> None:
         if self._opened.done():
             return
-        if error:
-            self._opened.set_exception(ClusterError(error))
-        else:
-            self._opened.set_result(None)
+        if answer.error:
+            self._opened.set_exception(ClusterError(answer.error))
+            return
+        try:
+            self.lease_until = PageReader(self._page, answer.page_slot, answer.serial).lease_until
+        except ValueError as error:
+            self._opened.set_exception(ClusterError(f"the lock service of this node cannot be used: {error}"))
+            return
+        self._opened.set_result(None)
 
     def _end(self, reason: str) -> None:
         if not self.lost.done():
             self.lost.set_result(reason)
             self.lease_until = _no_lease
-        self._open_answer(reason)
+        self._open_answer(Opened(1, reason))
         if self._released is not None and not self._released.done():
             self._released.set_result(reason)
         if self._connection is not None:

@@ -173,10 +173,12 @@ class ReleaseSpace(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=6
 
 
 class Opened(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=80):
-    """`error` empty: requests may be submitted."""
+    """`error` empty: requests may be submitted. `page_slot` and `serial` are the lock service's, as in the page."""
 
     space: int
     error: str
+    page_slot: int = 0
+    serial: int = 0
 
 
 class CompletedBatch(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=81):

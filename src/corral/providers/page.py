@@ -2,6 +2,7 @@
 
 One small mapping a node. corrald writes the lease and the round; each participant has a line of its own, where corrald
 writes `frozen` and the participant its progress. A reader compares the lease before each grant, reply and device write.
+A light client reads the line of the lock service that holds its locks.
 
 ======= ==== =============================================================================================
 offset  size meaning (little-endian u64 words)
@@ -56,9 +57,9 @@ class PageWriter:
         if slot is not None:
             self._slots[serial] = slot
             base = _LINE * (slot + 1)
+            self._words[base + 2] = serial  # first: whose line it was must never see it thawed
             self._words[base] = 0
             self._words[base + 1] = 0
-            self._words[base + 2] = serial
             self._words[base + 3] = 0
         return slot
 
@@ -84,20 +85,26 @@ class PageWriter:
 
 @final
 class PageReader:
-    """A participant's side; `slot` None for a light client, which has no line."""
+    """A participant's side, or that of a light client, which reads the line of the lock service that holds its locks:
+    when that one is frozen or gone, somebody else may have them."""
 
-    def __init__(self, memory: memoryview, slot: int | None) -> None:
+    def __init__(self, memory: memoryview, slot: int, serial: int) -> None:
         if len(memory) < PAGE_SIZE:
             raise ValueError(f"the shared page has {len(memory)} bytes, not {PAGE_SIZE}")
         self._words = memory.cast("B").cast("Q")
         if self._words[0] != MAGIC:
             raise ValueError("the shared page does not begin with its magic")
-        self._line = None if slot is None else _LINE * (slot + 1)
+        if not 0 <= slot < LINES:
+            raise ValueError(f"the shared page has no line {slot}")
+        self._line = _LINE * (slot + 1)
+        self._serial = serial
 
     def lease_until(self) -> Instant:
-        """0 when frozen. A torn read is impossible to mistake: it is tried again, and after that counts as no lease."""
+        """0 when frozen, or when the line is another's by now. A torn read is impossible to mistake: it is tried again,
+        and after that counts as no lease."""
         words = self._words
-        if self._line is not None and words[self._line]:
+        line = self._line
+        if words[line] or words[line + 2] != self._serial:
             return 0
         before: int = words[_SEQUENCE]
         lease: int = words[_LEASE]
@@ -112,6 +119,5 @@ class PageReader:
 
     def tick(self, *, blocked: bool) -> None:
         """This participant's loop still turns; `blocked`: a start of it may last (Service.blocked_by)."""
-        if self._line is not None:
-            self._words[self._line + 1] += 1
-            self._words[self._line + 3] = int(blocked)
+        self._words[self._line + 1] += 1
+        self._words[self._line + 3] = int(blocked)
