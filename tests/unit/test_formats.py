@@ -96,7 +96,7 @@ def test_the_page_is_laid_out_as_documented() -> None:
     writer.publish(5_000, 7)
     slots = [writer.add(40), writer.add(41)]
     writer.freeze(41)
-    page.PageReader(memory, slots[1], 41).tick(blocked=True)
+    page.PageReader(memory, slots[1]).tick(blocked=True)
     words = memory.cast("Q")
 
     head = {row[2]: int(row[0]) // 8 for row in table(IPC, "The shared page")}

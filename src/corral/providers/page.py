@@ -86,9 +86,10 @@ class PageWriter:
 @final
 class PageReader:
     """A participant's side, or that of a light client, which reads the line of the lock service that holds its locks:
-    when that one is frozen or gone, somebody else may have them."""
+    when that one is frozen or gone, somebody else may have them. `serial`: whose line it is, by default whose it is now.
+    """
 
-    def __init__(self, memory: memoryview, slot: int, serial: int) -> None:
+    def __init__(self, memory: memoryview, slot: int, serial: int | None = None) -> None:
         if len(memory) < PAGE_SIZE:
             raise ValueError(f"the shared page has {len(memory)} bytes, not {PAGE_SIZE}")
         self._words = memory.cast("B").cast("Q")
@@ -97,7 +98,7 @@ class PageReader:
         if not 0 <= slot < LINES:
             raise ValueError(f"the shared page has no line {slot}")
         self._line = _LINE * (slot + 1)
-        self._serial = serial
+        self._serial = self._words[self._line + 2] if serial is None else serial
 
     def lease_until(self) -> Instant:
         """0 when frozen, or when the line is another's by now. A torn read is impossible to mistake: it is tried again,

@@ -164,8 +164,7 @@ class Participant:
             ) from None
         self._tell(Attach(IPC_VERSION, PARTICIPANT, self._purpose))
         self.identity = await self._attached
-        memory = self._world.page(self.identity.page, PAGE_SIZE, create=False)
-        self._page = PageReader(memory, self.identity.page_slot, self.identity.me.serial)
+        self._page = PageReader(self._world.page(self.identity.page, PAGE_SIZE, create=False), self.identity.page_slot)
         self.comm = self._make_endpoint(self._world, self.identity, self._ticket)
         self.comm.watch(self._session)
         self.comm.listen_rest(self._frames)
