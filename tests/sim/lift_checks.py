@@ -52,10 +52,6 @@ def require(condition: bool, what: str) -> None:
         raise Violation(what)
 
 
-def named_in(round: Round) -> set[MemberId]:
-    return {*round.member_ids, *(entry.member for entry in round.failed), *round.left}
-
-
 def departed_in(round: Round) -> list[MemberId]:
     gone = {entry.member for entry in round.failed} | set(round.left)
     return sorted(gone.difference(round.member_ids))
@@ -112,18 +108,26 @@ class Checks:
             life.known.add((group, member, joins[member]))
         for member in departed_in(round):
             life.known_out.setdefault((group, member, joins[member]), round.id)
-        life.known_left.update((group, m, joins[m]) for m in round.left if m not in round.member_ids)
+        life.known_left.update((group, m, joins[m]) for m in round.left if m in joins and m not in round.member_ids)
 
     def joined(self, round: Round) -> dict[MemberId, int]:
-        """By which of its joins each is named: that of the first round since it departed last, when this is ordered."""
+        """By which of its joins each is named: who left, by the one it left with; else by the first since it departed
+        last, when this round is ordered. (A member may have asked to join again before its leave is everywhere.)"""
         group = round.group
-        for member in [*round.member_ids, *(entry.member for entry in round.failed)]:  # it may have died in between
-            if self.named.get((group, member), 0) in (0, self.departed.get((group, member))):
-                participant = self.cluster.participants.get(member)
-                self.named[group, member] = 0 if participant is None else participant.joins.get(group, 0)
-        for member in departed_in(round):
-            self.departed[group, member] = self.named.get((group, member), 0)
-        return {member: self.named.get((group, member), 0) for member in named_in(round)}
+        joins: dict[MemberId, int] = {}
+        failed = [entry.member for entry in round.failed]
+        for member in [*round.member_ids, *failed]:
+            key = group, member
+            if self.named.get(key, 0) <= self.departed.get(key, 0) and member in self.cluster.participants:
+                self.named[key] = self.cluster.participants[member].joins.get(group, 0)
+            joins[member] = self.named.get(key, 0)
+        for member in failed:
+            self.departed[group, member] = joins[member]
+        for member in round.left:
+            if member not in joins and member in self.cluster.participants:
+                joins[member] = self.cluster.participants[member].asked_to_leave.get(group, 0)
+                self.departed[group, member] = max(joins[member], self.departed.get((group, member), 0))
+        return joins
 
     def knows(self, view: View, membership: Membership) -> bool:
         return any(membership in self.cluster.lives[member].known for member in view.members)
@@ -213,6 +217,7 @@ class Checks:
             require(not wanted, f"LIFT-2: {where}: {member} did not leave")
             last = self.served.get(group, {}).get(member)
             again = last is not None and last.joined > joins[member] and member not in round.member_ids
+            again = again and self.knows(view, (group, member, last.joined))
             require(not again, f"LIFT-2: {where}: {member} served again and did not leave")
         for member in round.member_ids:
             joined = joins[member]
@@ -292,7 +297,7 @@ class Checks:
         require(not owed, f"LIFT-2: {where} and nobody dealt with {sorted(owed)}")
         for other in self.cluster.lives.values():
             require(not other.acts or other.me in view.members, f"LIFT-2: {where} while {other.me} acts")
-        self.owed.update(view.members)
+        self.owed.update(member for member in view.members if member not in self.left)  # it may hear of it late
 
     def settled(self, node: NodeIncarnation) -> None:
         """Fenced, averted, or left cleanly."""

@@ -353,9 +353,11 @@ class Life:
             self.left_group(event.member, event.group)
         elif isinstance(event, Refused):
             cluster.count("refused")
-            if "slot" not in event.reason:
+            if "slot" not in event.reason and "it left" not in event.reason:
                 raise Violation(f"LIFT-10: the join of {event.member} to {event.group} is refused: {event.reason}")
-            cluster.participants[event.member].groups.pop(event.group, None)
+            groups = cluster.participants[event.member].groups
+            if groups.get(event.group) == "asking":  # else it has given up, and Left answers that
+                del groups[event.group]
         elif isinstance(event, EvictLocal):
             cluster.count("evicted")
             participant = cluster.participants.get(event.member)

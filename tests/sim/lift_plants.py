@@ -10,6 +10,7 @@ import msgspec
 
 from corral.api.cman import FENCE_GROUP
 from corral.base.ids import MemberId, NodeIncarnation
+from corral.base.time import Instant
 from corral.base.view import Round
 from corral.base.world import ProcessId
 from corral.cman import lift
@@ -64,11 +65,11 @@ def writes_nothing(patch: Patch) -> None:
 def _done_at_once(patch: Patch, *, fence: bool) -> None:
     right = LiftEngine._count
 
-    def count(self: LiftEngine, peer: MemberId, message: Done) -> None:
+    def count(self: LiftEngine, now: Instant, peer: MemberId, message: Done) -> None:
         run = self._running.get(message.group)
         if run is not None and run.round.id == message.round and (message.group == FENCE_GROUP) == fence:
             run.waiting.intersection_update({peer.node})
-        right(self, peer, message)
+        right(self, now, peer, message)
 
     patch(LiftEngine, "_count", count)
 
@@ -130,10 +131,10 @@ def lets_a_member_return_at_once(patch: Patch) -> None:
         members = (*self.members, Entry(member, slot, address, ticket, process))
         return msgspec.structs.replace(self, members=tuple(sorted(members, key=lambda entry: entry.member)))
 
-    def join(self: LiftEngine, peer: MemberId, message: Join) -> None:
+    def join(self: LiftEngine, message: Join, since: Instant) -> None:
         group = self._plan.get(message.group)
         if group is None or message.member not in group.left:
-            right(self, peer, message)
+            right(self, message, since)
             return
         added = group.with_member(message.member, message.address, message.ticket, message.process)
         if added is not None:

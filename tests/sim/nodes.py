@@ -11,6 +11,7 @@ the shared page just before, as every door of corral does. The oracle sees all a
   SIM-4  when the faults are over, every node is a member again and acts
 """
 
+import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
@@ -226,11 +227,28 @@ class Cluster:
 RESOURCES = (b"alpha", b"beta", b"gamma")
 
 
+async def enter(world: World, participant: Participant) -> NativeLockspace:
+    """Into the lockspace, after some attempts that are given up half way."""
+    while True:
+        space = NativeLockspace(world, participant, "work")
+        opening = asyncio.ensure_future(space.open())
+        if world.rng.random() < 0.7:
+            await opening
+            return space
+        await world.sleep_until(world.now() + world.rng.randrange(20 * MILLISECOND))
+        opening.cancel()
+        await asyncio.wait((opening,))
+        await participant.leave(space.group)
+
+
 async def lock_worker(cluster: Cluster, world: World, participant: Participant) -> None:
-    space = NativeLockspace(world, participant, "work")
-    await space.open()
+    space = await enter(world, participant)
     backend = NativeBackend(world, space)
     while True:
+        if world.rng.random() < 0.003:
+            await space.close()
+            space = await enter(world, participant)
+            backend = NativeBackend(world, space)
         name = world.rng.choice(RESOURCES)
         flags = VALBLK | (NOQUEUE if world.rng.random() < 0.2 else 0)
         granted, handle = await submit(world, backend, Request("lock", name, EX, flags, value=b""))

@@ -81,7 +81,8 @@ from corral.wire.frame import GROUP_PORT_MIN
 HELD_MAX: Final = 1024  # messages kept of a view that is not installed here yet
 GROUPS_MAX: Final = 1024
 ROUND_END: Final = 1 << 32  # a round is the upper half of a lock's token
-SLOT_PATIENCE: Final = 4  # times `recover` that a join waits for the slot of a failed member
+JOINS_MAX: Final = 1024  # that wait for a round to finish
+JOIN_PATIENCE: Final = 4  # times `recover` that a join waits, for the slot of a failed member or its own departure
 
 
 @final
@@ -124,11 +125,10 @@ class LiftEngine:
         self._stopped = True
         self._promised = False  # and the next view is not installed yet
         self._held: list[tuple[MemberId, LiftMessage]] = []
-        # What participants of this node want, until the table says so.
+        # What participants of this node want, until the table says so. Each is told once a view.
         self._joins: dict[tuple[MemberId, str], LocalJoin] = {}
         self._departs: dict[tuple[MemberId, str], bool] = {}  # -> clean; group "" means gone from all
         self._joined: set[tuple[MemberId, str]] = set()  # participants of this node that were told so
-        self._slot_wanted: dict[tuple[MemberId, str], Instant] = {}  # joins that wait for a slot, since when
         self._local_waiting: dict[str, set[MemberId]] = {}
         # The coordinator's part. `_plan` is its own table, ahead of `groups`: with every change it has ordered, also
         # those whose turn has not come yet. `groups` is what was announced, the same on every member.
@@ -136,6 +136,7 @@ class LiftEngine:
         self._sequence = 0  # of the newest Begin
         self._running: dict[str, _Running] = {}
         self._finished: dict[str, int] = {}  # group -> id of the round that finished in this view
+        self._waiting_joins: dict[tuple[str, MemberId], tuple[Join, Instant]] = {}  # and since when
         self._members_since: set[NodeIncarnation] = set()  # of the newest active view and those accepted since
         self._unreachable: dict[tuple[str, MemberId, MemberId], Instant] = {}
         self._evicted: set[MemberId] = set()
@@ -167,12 +168,13 @@ class LiftEngine:
         """On the coordinator: rounds under way and the nodes that have not reported Done."""
         return {name: tuple(sorted(run.waiting)) for name, run in sorted(self._running.items())}
 
-    def slots_wanted(self) -> dict[MemberId, str]:
-        """What participants of this node wait for that can only join when somebody who failed is recovered."""
+    def joins_waiting(self) -> dict[MemberId, str]:
+        """What participants of this node wait for that can join only when a round has finished."""
         found = {}
-        for member, name in sorted(self._slot_wanted):
-            failed = ", ".join(str(entry.member) for entry in self.groups[name].failed())
-            found[member] = f"a slot of {name}: free when what {failed} held is recovered"
+        for member, name in sorted(self._joins):
+            group = self.groups.get(name)
+            if group is not None and (reason := _why_not_yet(group, member)):
+                found[member] = reason
         return found
 
     def attachment(self) -> Attachment:
@@ -203,23 +205,24 @@ class LiftEngine:
         elif isinstance(event, LocalDone):
             self._local_done(event)
         elif isinstance(event, LocalJoin):
+            assert (event.member, event.group) not in self._departs, "a member joins again when it has left"
             self._joins[event.member, event.group] = event
-            self._ask()
+            self._tell_join(event)
         elif isinstance(event, LocalLeave):
-            self._joins.pop((event.member, event.group), None)
-            self._departs[event.member, event.group] = True
-            self._ask()
+            if (event.member, event.group) not in self._departs:
+                self._joins.pop((event.member, event.group), None)
+                self._departs[event.member, event.group] = True
+                self._tell_depart(event.member, event.group)
         elif isinstance(event, LocalGone):
             self._forget_member(event.member)
             self._departs[event.member, ""] = False
-            self._ask()
+            self._tell_depart(event.member, "")
         elif isinstance(event, LocalReach):
             self._tell_coordinator(Unreachable(self._view_id(), event.group, event.member, event.peer, event.down))
         elif isinstance(event, Fenced):
             self._fenced(event.node)
         elif isinstance(event, Tick):
             self._judge_unreachable(now)
-        if self._joins or self._slot_wanted:
             self._judge_joins(now)
 
     # -- views
@@ -243,6 +246,7 @@ class LiftEngine:
         self._plan.clear()
         self._running.clear()
         self._finished.clear()
+        self._waiting_joins.clear()
         self._unreachable.clear()
         self._evicted.clear()
         self._local_waiting.clear()
@@ -366,7 +370,7 @@ class LiftEngine:
         self._running[group.name] = _Running(round, set(self.view.nodes))
         self._broadcast(Begin(self.view.id, self._sequence, round, group))
 
-    def _count(self, peer: MemberId, message: Done) -> None:
+    def _count(self, now: Instant, peer: MemberId, message: Done) -> None:
         run = self._running.get(message.group)
         if run is None or run.round.id != message.round:
             return  # of a round that a newer one abandoned
@@ -385,47 +389,65 @@ class LiftEngine:
             self._plan[message.group] = self._plan[message.group].finished(run.round)
             if not self._plan[message.group].members:
                 del self._plan[message.group]
+            for name, member in sorted(self._waiting_joins):
+                if name == message.group:
+                    self._join(*self._waiting_joins.pop((name, member)))
+            self._arm()
         self._advance()
 
-    def _join(self, peer: MemberId, message: Join) -> None:
+    def _join(self, message: Join, since: Instant) -> None:
         group = self._plan.get(message.group)
         if group is None:
             if len(self._plan) >= GROUPS_MAX:
-                self._refuse(peer, message, f"the cluster has its {GROUPS_MAX} service groups; leave one first")
+                self._refuse(message, f"the cluster has its {GROUPS_MAX} service groups; leave one first")
                 return
             self._last_number = free_number(self._plan, self._last_number)
             group = Group(message.group, message.level, self._last_number, message.slots, (), (), ())
         if group.entry(message.member) is not None:
             return
-        if message.member in group.left:
-            return  # asked again when a round with its departure has finished: only then can it fail once more
         if group.level != message.level:
-            self._refuse(peer, message, f"group {message.group} runs at level {group.level}, not {message.level}")
+            self._refuse(message, f"group {message.group} runs at level {group.level}, not {message.level}")
             return
         if group.members and group.slots != message.slots:
             group = replace(group, slots=max(group.slots, message.slots))
-        if group.free_slot() is None and group.failed():
-            return  # asked again when the round that recovers them has finished
+        if _why_not_yet(group, message.member):
+            if len(self._waiting_joins) >= JOINS_MAX:
+                self._refuse(message, f"{JOINS_MAX} others wait to join service groups; try again when some have")
+                return
+            self._waiting_joins[message.group, message.member] = message, since
+            self._arm()
+            return
         added = group.with_member(message.member, message.address, message.ticket, message.process)
         if added is None:
-            self._refuse(peer, message, f"members have all {group.slots} slots of {message.group}; let one leave first")
+            self._refuse(message, f"members have all {group.slots} slots of {message.group}; let one leave first")
             return
         self._change(added)
         self._advance()
 
-    def _refuse(self, peer: MemberId, message: Join, reason: str) -> None:
-        self._ready.then_send.append((peer, Refuse(self._view_id(), message.group, message.member, False, reason)))
+    def _refuse(self, message: Join | Depart, reason: str) -> None:
+        departure = isinstance(message, Depart)
+        refusal = Refuse(self._view_id(), message.group, message.member, departure, reason)
+        self._ready.then_send.append((_home(message.member), refusal))
 
-    def _depart(self, peer: MemberId, message: Depart) -> None:
-        leaving = [group for group in _groups_of(self._plan, message.member) if message.group in ("", group.name)]
-        for group in leaving:
-            self._change(group.without(frozenset((message.member,)), clean=message.clean))
-        # Told again while the round that takes it out waits for its turn: its Begin is the answer.
-        there = [group for group in _groups_of(self.groups, message.member) if message.group in ("", group.name)]
-        if not leaving and not there:
-            self._ready.then_send.append(
-                (peer, Refuse(self._view_id(), message.group, message.member, True, "it is not a member"))
-            )
+    def _judge_joins(self, now: Instant) -> None:
+        """Who waits for others does so for a while: their recovery may need an operator."""
+        for key, (message, since) in sorted(self._waiting_joins.items()):
+            if now - since >= JOIN_PATIENCE * self._recover_ns:
+                del self._waiting_joins[key]
+                reason = _why_not_yet(self._plan[message.group], message.member) or "its round has not finished"
+                self._refuse(message, f"{reason}; see what its recovery waits for, then try again")
+        self._arm()
+
+    def _depart(self, message: Depart) -> None:
+        for name, member in sorted(self._waiting_joins):
+            if member == message.member and message.group in ("", name):
+                del self._waiting_joins[name, member]
+        for group in _groups_of(self._plan, message.member):
+            if message.group in ("", group.name):
+                self._change(group.without(frozenset((message.member,)), clean=message.clean))
+        # Where it was announced as a member, the round that takes it out is the answer.
+        if not any(message.group in ("", group.name) for group in _groups_of(self.groups, message.member)):
+            self._refuse(message, "it is not a member")
         self._unreachable = {k: v for k, v in self._unreachable.items() if message.member not in k[1:]}
         self._advance()
 
@@ -449,7 +471,7 @@ class LiftEngine:
 
     def _arm(self) -> None:
         due = [since + self._recover_ns for key, since in self._unreachable.items() if self._mutual(key)]
-        due += [since + SLOT_PATIENCE * self._recover_ns for since in self._slot_wanted.values()]
+        due += [since + JOIN_PATIENCE * self._recover_ns for _, since in self._waiting_joins.values()]
         self.deadline = min(due, default=FOREVER)
 
     def _mutual(self, key: tuple[str, MemberId, MemberId]) -> bool:
@@ -466,8 +488,7 @@ class LiftEngine:
             self._evicted.add(victim)
             other = peer if victim == member else member
             reason = f"it and {other} of {group} could not talk for {self._recover_ns / 1e9:g} s"
-            home = NodeIncarnation(victim.node, victim.incarnation).corrald()
-            self._ready.then_send.append((home, Evict(self._view_id(), victim, reason)))
+            self._ready.then_send.append((_home(victim), Evict(self._view_id(), victim, reason)))
         self._unreachable = {k: v for k, v in self._unreachable.items() if not {k[1], k[2]} & self._evicted}
         self._arm()
 
@@ -486,44 +507,24 @@ class LiftEngine:
         assert incarnation is not None
         self._ready.then_send.append((MemberId(coordinator, incarnation, 0), message))
 
-    def _ask(self) -> None:
-        """Tells the coordinator everything that participants here still want."""
-        if self.view is None or not self.active:
-            return
-        for (member, group), clean in sorted(self._departs.items()):
-            self._tell_coordinator(Depart(self.view.id, group, member, clean))
-        self._ask_joins()
-
-    def _ask_joins(self, group: str = "") -> None:
-        """`group` empty: all."""
-        for (member, name), join in sorted(self._joins.items()):
-            if not group or name == group:
-                view = self._view_id()
-                self._tell_coordinator(
-                    Join(view, name, join.level, join.slots, member, join.address, join.ticket, join.process)
+    def _tell_join(self, join: LocalJoin) -> None:
+        if self.active:
+            self._tell_coordinator(
+                Join(
+                    self._view_id(),
+                    join.group,
+                    join.level,
+                    join.slots,
+                    join.member,
+                    join.address,
+                    join.ticket,
+                    join.process,
                 )
-
-    def _judge_joins(self, now: Instant) -> None:
-        """Who waits for the slot of a failed member does so for a while: its recovery may need an operator."""
-        before = self._slot_wanted
-        self._slot_wanted = {}
-        for key in sorted(self._joins):
-            group = self.groups.get(key[1])
-            if group is None or group.free_slot() is not None or not group.failed():
-                continue
-            since = before.get(key, now)
-            if now - since < SLOT_PATIENCE * self._recover_ns:
-                self._slot_wanted[key] = since
-                continue
-            del self._joins[key]
-            failed = ", ".join(f"{entry.slot} of {entry.member}" for entry in group.failed())
-            reason = (
-                f"no slot of {group.name} is free and what has failed is still not recovered (slot {failed}); "
-                "see what its recovery waits for, then try again"
             )
-            self._ready.emit.append(Refused(*key, reason))
-        if self._slot_wanted or before:
-            self._arm()
+
+    def _tell_depart(self, member: MemberId, group: str) -> None:
+        if self.active:
+            self._tell_coordinator(Depart(self._view_id(), group, member, self._departs[member, group]))
 
     def _receive(self, now: Instant, peer: MemberId, message: LiftMessage) -> None:
         view = self.view
@@ -554,21 +555,23 @@ class LiftEngine:
         elif not self.coordinating:
             self.dropped += 1
         elif isinstance(message, Done):
-            self._count(peer, message)
+            self._count(now, peer, message)
         elif message.member.node != peer.node or message.member.incarnation != peer.incarnation:
             self.dropped += 1  # nobody speaks for another node's participants
         elif not self._ordering:
             self.dropped += 1  # nothing is asked before the view is active
         elif isinstance(message, Join):
-            self._join(peer, message)
+            self._join(message, now)
         elif isinstance(message, Depart):
-            self._depart(peer, message)
+            self._depart(message)
         else:
             self._reach(now, message)
 
     def _refused(self, message: Refuse) -> None:
         key = (message.member, message.group)
         if message.departure:
+            if message.group and (group := self.groups.get(message.group)) and group.entry(message.member):
+                return  # the round that took it out was lost with its session: the next view tells
             if self._departs.pop(key, None) is not None and message.group:
                 self._ready.emit.append(Left(message.member, message.group))
         elif self._joins.pop(key, None) is not None:
@@ -626,19 +629,14 @@ class LiftEngine:
             key = (entry.member, group.name)
             if self._joins.pop(key, None) is not None:
                 self._joined.add(key)
-            elif self._is_local(entry.member) and key not in self._joined and (entry.member, "") not in self._departs:
-                # A join that was told twice, refused and then found a slot: nobody waits for it any more.
-                self._departs.setdefault(key, True)
-                self._tell_coordinator(Depart(self._view_id(), group.name, entry.member, True))
-        # Who was not a member may have a join under way, which its departure follows: the answer is then a Refuse.
-        departed = {*group.left, *(entry.member for entry in group.failed())}
-        departed.update(entry.member for entry in (() if before is None else before.members))
-        for member in sorted(departed.difference(entry.member for entry in group.members)):
-            self._joined.discard((member, group.name))
-            if self._departs.pop((member, group.name), None) is not None:
-                self._ready.emit.append(Left(member, group.name))
-            if not _groups_of(self.groups, member):
-                self._departs.pop((member, ""), None)
+        for entry in before.members if before is not None else ():
+            if group.entry(entry.member) is not None:
+                continue
+            self._joined.discard((entry.member, group.name))
+            if self._departs.pop((entry.member, group.name), None) is not None:
+                self._ready.emit.append(Left(entry.member, group.name))
+            if not _groups_of(self.groups, entry.member):
+                self._departs.pop((entry.member, ""), None)
 
     def _is_local(self, member: MemberId) -> bool:
         return member.node == self.me.node and member.incarnation == self.me.incarnation
@@ -676,7 +674,6 @@ class LiftEngine:
             del self.groups[message.group]
             self.rounds.pop(message.group, None)
         self._ready.emit.append(FinishGroup(message.group, round))
-        self._ask_joins(message.group)  # slots may have come free
 
     def _finish_fence(self, round: Round) -> None:
         assert self.view is not None
@@ -686,7 +683,25 @@ class LiftEngine:
         identities = _keep_identities(list(self._state.identities), self._members_since)
         self._save(replace(self._state, fenced=(), identities=identities))
         self._ready.emit.append(ViewActive(view))
-        self._ask()
+        for member, group in sorted(self._departs):
+            self._tell_depart(member, group)
+        for _, join in sorted(self._joins.items()):
+            self._tell_join(join)
+
+
+def _home(member: MemberId) -> MemberId:
+    return NodeIncarnation(member.node, member.incarnation).corrald()
+
+
+def _why_not_yet(group: Group, member: MemberId) -> str:
+    """Empty: it can join now, or never."""
+    if member in group.left:
+        return f"the round of {group.name} in which it left has not finished"  # until then it could not fail again
+    failed = group.failed()
+    if failed and group.free_slot() is None:
+        names = ", ".join(f"{entry.slot} of {entry.member}" for entry in failed)
+        return f"no slot of {group.name} is free and what has failed is still not recovered (slot {names})"
+    return ""
 
 
 def _groups_of(table: dict[str, Group], member: MemberId) -> list[Group]:

@@ -52,7 +52,11 @@ class Installed:
 
 @final
 class LocalJoin:
-    """A participant of this node asks to join a group. Kept until it is a member, also across views."""
+    """A participant of this node asks to join a group. Kept until it is a member, also across views.
+
+    Each is answered by its first StartGroup or by Refused, or given up by LocalLeave, which is answered by Left. Only
+    then may that participant ask to join that group again.
+    """
 
     __slots__ = ("address", "group", "level", "member", "process", "slots", "ticket")
 

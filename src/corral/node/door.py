@@ -199,6 +199,8 @@ class Caller:
             self.refuse("a group needs a printable name of 1 to 80 bytes, a level of 1 to 3 and 1 to 4096 slots")
         elif len(message.address) > 300 or len(message.ticket) > 64:
             self.refuse("the address or ticket of the join is too long")
+        elif message.group in local.groups:
+            self.refuse(f"it asks to join {message.group}, which it is in or has not left yet")
         else:
             self._door.warden.register(local, message)
 

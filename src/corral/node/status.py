@@ -170,7 +170,7 @@ class Answers:
 
     def _participant_waits(self, local: Local) -> str:
         """What holds this participant up; empty when nothing does."""
-        return local.waits_for() or self._node.lift.slots_wanted().get(local.member, "")
+        return local.waits_for() or self._node.lift.joins_waiting().get(local.member, "")
 
     def _history(self, arguments: Arguments) -> Any:
         since = arguments.get("since", 0)

@@ -79,6 +79,7 @@ class Local:
         "dying",
         "groups",
         "killed_at",
+        "leaving",
         "member",
         "process",
         "purpose",
@@ -92,7 +93,8 @@ class Local:
         self.process = process
         self.purpose = purpose
         self.connection = connection
-        self.groups: set[str] = set()
+        self.groups: set[str] = set()  # it is in, or asked to join
+        self.leaving: set[str] = set()  # of these
         self.starting: dict[str, Starting] = {}  # by group
         self.counter = 0
         self.counter_since = now
@@ -170,7 +172,8 @@ class Warden:
         )
 
     def deregister(self, local: Local, message: Deregister) -> None:
-        if message.group in local.groups:
+        if message.group in local.groups - local.leaving:
+            local.leaving.add(message.group)
             self._lift(LocalLeave(local.member, message.group))
 
     def start_done(self, local: Local, message: StartDone) -> None:
@@ -218,11 +221,12 @@ class Warden:
         local = self.locals.get(decision.member)
         if local is not None:
             local.groups.discard(decision.group)
+            local.leaving.discard(decision.group)
             local.tell(LeftGroup(decision.group))
 
     def refused(self, decision: Refused) -> None:
         local = self.locals.get(decision.member)
-        if local is not None:
+        if local is not None and decision.group not in local.leaving:  # else LeftGroup will answer
             local.groups.discard(decision.group)
             local.tell(JoinRefused(decision.group, decision.reason))
 

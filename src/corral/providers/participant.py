@@ -229,32 +229,38 @@ class Participant:
     async def register(self, group: str, level: int, service: Service, *, slots: int = 4096) -> None:
         """Returns when this member's first round has finished. Raises ClusterError when it is refused, StartFailed when
         the service could not start, NotMember when this process may not act any more."""
-        if group in self._groups:
-            raise ClusterError(f"this process is already in group {group}; leave it first")
+        while (before := self._groups.get(group)) is not None:
+            if before.left is None:
+                raise ClusterError(f"this process is already in group {group}; leave it first")
+            await asyncio.shield(before.left)  # what is told of it must not be taken for an answer to this
         if self.lost.done():
             raise NotMember(self.lost.result())
         joined: asyncio.Future[None] = self._world.future()
-        self._groups[group] = _Membership(group, level, service, joined)
+        membership = self._groups[group] = _Membership(group, level, service, joined)
         self._tell(Register(group, level, slots, self.comm.address, self._ticket))
         try:
             await joined
         except BaseException:
             # Once a round has begun here there may be something to recover: it stays a member until it leaves or ends.
-            if group in self._groups and self._groups[group].round is None:
-                del self._groups[group]
-                if not self.lost.done():
-                    self._tell(Deregister(group))
+            if self._groups.get(group) is membership and membership.round is None and not self.lost.done():
+                self._leave(membership)
             raise
 
     async def leave(self, group: str) -> None:
+        """Returns when it is ordered: others may count on it. Raises NotMember when this process is lost before."""
         membership = self._groups.get(group)
         if membership is None or self.lost.done():
             return
         self._stop(membership)
+        await asyncio.shield(self._leave(membership))
+        if self.lost.done():
+            raise NotMember(self.lost.result())
+
+    def _leave(self, membership: _Membership) -> "asyncio.Future[None]":
         if membership.left is None:
             membership.left = self._world.future()
-            self._tell(Deregister(group))
-        await membership.left
+            self._tell(Deregister(membership.name))
+        return membership.left
 
     def send(self, group: str, peer: MemberId, payload: bytes) -> None:
         """To another member of the group, in its present round."""
@@ -302,20 +308,26 @@ class Participant:
             if not self._attached.done():
                 self._attached.set_result(message)
         elif isinstance(message, JoinRefused):
-            refused = self._groups.pop(message.group, None)
+            refused = self._end(message.group)
             if refused is not None and not refused.joined.done():
                 refused.joined.set_exception(ClusterError(f"cannot join {message.group}: {message.reason}"))
         elif isinstance(message, LeftGroup):
-            left = self._groups.pop(message.group, None)
-            if left is not None and left.left is not None and not left.left.done():
-                left.left.set_result(None)
-                self._by_number.pop(left.number, None)
-                self._gates.pop(left.number, None)
-            self._forget_strangers()
+            self._end(message.group)
         elif isinstance(message, Refusal):
             self._lose(message.reason)
         else:
             assert isinstance(message, Answer)  # participants ask nothing
+
+    def _end(self, group: str) -> _Membership | None:
+        """It is no member of that group any more, or never was."""
+        membership = self._groups.pop(group, None)
+        if membership is not None:
+            self._by_number.pop(membership.number, None)
+            self._gates.pop(membership.number, None)
+            if membership.left is not None:
+                membership.left.set_result(None)
+        self._forget_strangers()
+        return membership
 
     def _lose(self, reason: str) -> None:
         if self.lost.done():
@@ -325,9 +337,10 @@ class Participant:
         if not self._attached.done():
             self._attached.set_exception(ClusterError(reason))
         for group in self._groups.values():
-            for future in (group.joined, group.left):
-                if future is not None and not future.done():
-                    future.set_exception(NotMember(reason))
+            if not group.joined.done():
+                group.joined.set_exception(NotMember(reason))
+            if group.left is not None and not group.left.done():
+                group.left.set_result(None)
 
     # -- rounds
 
@@ -347,7 +360,7 @@ class Participant:
 
     def _start(self, message: StartRound) -> None:
         group = self._groups.get(message.round.group)
-        if group is None or self.lost.done():
+        if group is None or group.left is not None or self.lost.done():
             return
         self._stop(group)
         group.round = message.round

@@ -314,6 +314,7 @@ def test_who_left_and_joins_again_at_once_can_fail_once_more() -> None:
     cluster.join(2, "dlm:home", 1)
     cluster.held.add("dlm:home")
     cluster.step(1, LocalLeave(member, "dlm:home"))
+    cluster.settle()
     cluster.join(1, "dlm:home", 1)
     assert cluster.lifts[2].groups["dlm:home"].entry(member) is None  # the round it left in has not finished
     cluster.release("dlm:home")
@@ -340,10 +341,12 @@ def test_a_slot_is_given_out_again_only_when_its_failure_is_recovered() -> None:
     cluster = active(1, 2)
     waiting = full(cluster)
     assert cluster.told() == []
-    assert cluster.lifts[1].slots_wanted() == {waiting: "a slot of gfs:home: free when what 1.1 held is recovered"}
+    assert cluster.lifts[1].joins_waiting() == {
+        waiting: "no slot of gfs:home is free and what has failed is still not recovered (slot 0 of 1.1)"
+    }
     cluster.release("gfs:home")
     assert "1 start gfs:home {1.2@0,2.1@1} failed []" in cluster.told()
-    assert cluster.lifts[1].slots_wanted() == {}
+    assert cluster.lifts[1].joins_waiting() == {}
     assert cluster.lifts[1].deadline == FOREVER
 
 
@@ -353,6 +356,7 @@ def test_a_join_does_not_wait_for_a_recovered_slot_for_ever() -> None:
     cluster.now = cluster.lifts[1].deadline
     assert RECOVER < cluster.now < 10 * RECOVER
     cluster.step(1, TICK)
+    cluster.settle()
     (told,) = cluster.told()
     assert told.startswith("1 refused no slot of gfs:home is free and what has failed is still not recovered")
     assert cluster.lifts[1].deadline == FOREVER
@@ -363,10 +367,10 @@ def test_a_join_does_not_wait_for_a_recovered_slot_for_ever() -> None:
 def test_what_waits_for_a_slot_goes_on_waiting_in_the_next_view() -> None:
     cluster = active(1, 2)
     full(cluster)
-    deadline = cluster.lifts[1].deadline
     cluster.install(1, 2)
-    assert cluster.lifts[1].deadline == deadline
+    assert cluster.lifts[1].deadline == FOREVER
     cluster.settle()
+    assert RECOVER < cluster.lifts[1].deadline < 10 * RECOVER
     cluster.release("gfs:home")
     assert "1 start gfs:home {1.2@0,2.1@1} failed []" in cluster.told()
 
