@@ -23,8 +23,18 @@ from corral.cman.events import Accepted, Active, Attach, ConnectivityChanged, Ro
 from corral.cman.events import Stop as MembershipStop
 from corral.cman.heartbeat import HeartbeatEngine
 from corral.cman.lift import LiftEngine
-from corral.cman.lift_events import Fenced, LocalDone, LocalJoin, LocalLeave, Promised, StartFence, StartGroup
+from corral.cman.lift_events import (
+    Fenced,
+    LocalDone,
+    LocalJoin,
+    LocalLeave,
+    Promised,
+    Refused,
+    StartFence,
+    StartGroup,
+)
 from corral.cman.lift_events import Installed as LiftInstalled
+from corral.cman.lift_events import Left as LiftLeft
 from corral.cman.membership import MembershipEngine
 from corral.cman.state import State, recover
 from corral.cman.timing import Timing
@@ -366,6 +376,7 @@ def lift_case(random: Random) -> int:
     }
     doing: list[LocalDone] = []
     honest: list[tuple[MemberId, lift_wire.Done]] = []
+    ours = "out"  # our participant of dlm:home, which joins again when it has left
     for _ in range(EVENTS):
         now += random.choice((0, MILLISECOND, SECOND))
         kind = random.random()
@@ -380,13 +391,15 @@ def lift_case(random: Random) -> int:
             events = [doing.pop()]
         elif kind < 0.45 and honest:
             events = [Received(*honest.pop(0))]
-        elif kind < 0.52:
+        elif kind < 0.52 and ours == "out":
+            ours = "in"
             events = [LocalJoin(MemberId(2, 5, 1), "dlm:home", 1, 4, "host:1", b"t", PROCESS)]
-        elif kind < 0.55:
+        elif 0.52 <= kind < 0.55 and ours == "in":
+            ours = "leaving"
             events = [LocalLeave(MemberId(2, 5, 1), "dlm:home")]
-        elif kind < 0.57:
+        elif 0.55 <= kind < 0.57:
             events = [Fenced(NodeIncarnation(4, 5))]
-        elif kind < 0.63:
+        elif 0.57 <= kind < 0.63:
             events = [TICK]
         for event in events:
             engine.step(now, event)
@@ -402,6 +415,8 @@ def lift_case(random: Random) -> int:
                     doing.append(LocalDone(ME, "fence", emitted.round.id))
                 elif isinstance(emitted, StartGroup):
                     doing.extend(LocalDone(member, emitted.group.name, emitted.round.id) for member in emitted.local)
+                elif isinstance(emitted, LiftLeft) or (isinstance(emitted, Refused) and ours == "in"):
+                    ours = "out"
     return engine.dropped
 
 

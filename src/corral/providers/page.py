@@ -86,7 +86,7 @@ class PageWriter:
 @final
 class PageReader:
     """A participant's side, or that of a light client, which reads the line of the lock service that holds its locks:
-    when that one is frozen or gone, somebody else may have them. `serial`: whose line it is, by default whose it is now.
+    when that one is frozen or gone, somebody else may have them. `serial`: whose line it is; by default that of now.
     """
 
     def __init__(self, memory: memoryview, slot: int, serial: int | None = None) -> None:
