@@ -57,7 +57,7 @@ from corral.dlm.events import (
     Stop,
     Submit,
 )
-from corral.dlm.modes import COMPATIBLE, QUECVT_LEGAL, is_down, is_middle
+from corral.dlm.modes import COMPATIBLE, ETIMEDOUT, QUECVT_LEGAL, is_down, is_middle
 from corral.dlm.operations import RUNNING
 from corral.dlm.wire import CODEC
 
@@ -463,7 +463,8 @@ class Cluster:
         if isinstance(event, RoundDone):
             self.round_done(node, event.round_id)
             return
-        require(self.now < node.engine.lease_until, "DLM-6", f"{event} at {node.me} without a lease")
+        if not (isinstance(event, Done) and event.completion.status == ETIMEDOUT):
+            require(self.now < node.engine.lease_until, "DLM-6", f"{event} at {node.me} without a lease")
         if isinstance(event, Done):
             client = node.clients[event.client]
             if client.alive:

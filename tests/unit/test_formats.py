@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from corral.api.cman import Peer
-from corral.api.dlm import Completion, LockInfo, Request, ResourceInfo
+from corral.api.dlm import Completion, LockInfo, LockWaits, Request, ResourceInfo
 from corral.api.fence import Device, FenceConfig, Method, NodeFencing, parse_fencing
 from corral.base.ids import MemberId
 from corral.base.view import Round, View
@@ -29,7 +29,7 @@ MESSAGES = [
     *ipc_wire.FROM_LOCK_SERVICE.types,
 ]
 HELD = {View: "View", Round: "Round", Peer: "Peer", Request: "Request", Completion: "Completion"}
-HELD |= {ResourceInfo: "ResourceInfo", LockInfo: "LockInfo"}
+HELD |= {ResourceInfo: "ResourceInfo", LockInfo: "LockInfo", LockWaits: "LockWaits"}
 
 
 def section(document: str, heading: str) -> str:

@@ -4,7 +4,7 @@ Source of the semantics: OpenVMS lock manager, Linux `fs/dlm` (modes, matrices, 
 those of `dlmconstants.h`); docs/guide/locks.md tells them for users.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, Final, Protocol
 
@@ -70,6 +70,7 @@ ALTMODE: Final = 0x4
 ECANCEL: Final = -0x10001
 EUNLOCK: Final = -0x10002  # a successful unlock
 
+WARN_NS: Final = 5_000_000_000  # a wait longer than this is told (`LockWaits`)
 VALUE_SIZE: Final = 32  # default length of a value block; per lockspace a multiple of 8
 
 
@@ -101,6 +102,36 @@ class ResourceInfo(msgspec.Struct, array_like=True, gc=False):
     value_valid: bool
     sequence: int
     locks: list[LockInfo]
+
+
+class LockWaits(msgspec.Struct, array_like=True, gc=False):
+    """A request or conversion has waited for longer than the lockspace finds normal (5 s). Told once; it waits on.
+
+    `lock` is the client's handle. `blockers`: the granted locks in its way, or if there are none those that are before
+    it in the queues, at most 16; empty while the lockspace recovers.
+    """
+
+    lock: int
+    resource: bytes
+    mode: int
+    waited_ns: int
+    blockers: list[LockInfo]
+
+
+class SpaceState(msgspec.Struct, frozen=True):
+    """What a lockspace can promise here now (DESIGN 5). `state` is one of
+
+    "running"    requests are answered, held locks are guaranteed
+    "suspended"  a recovery runs: held locks stay, bodies go on, requests wait
+    "lapsed"     the lease has lapsed: `held.valid` is False, kept locks are not taken again, requests wait
+    "lost"       every lock is lost for good
+    """
+
+    state: str
+    reason: str
+
+
+SpaceEvent = SpaceState | LockWaits
 
 
 class Completion(msgspec.Struct, gc=False):
@@ -220,6 +251,14 @@ class Lockspace(Protocol):
         """The low level: every flag. Returns a handle per request (for convert, unlock and cancel the given one).
         `completed(handle, completion)` and `blocking(handle, mode)` are called from the loop, never before return.
         A request that is illegal completes with its negative errno like any other."""
+
+    @property
+    def state(self) -> SpaceState:
+        """What it can promise now."""
+
+    def watch(self) -> AsyncIterator[SpaceEvent]:
+        """The present state and every change of it, and each wait that lasts too long; ends with "lost". Raises Busy
+        instead of leaving a gap."""
 
     async def close(self) -> None: ...
     async def release(self, force: int = 0) -> None:

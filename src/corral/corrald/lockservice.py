@@ -11,7 +11,7 @@ import logging
 import sys
 from typing import Final, final
 
-from corral.api.dlm import Completion, Request
+from corral.api.dlm import Completion, LockWaits, Request
 from corral.base.errors import ClusterError, ConfigurationError, PeerError
 from corral.base.ids import NAME_MAX
 from corral.base.world import Connection, World
@@ -28,7 +28,9 @@ from corral.providers.ipc_wire import (
     Released,
     ReleaseSpace,
     SpaceGone,
+    SpaceSuspended,
     SubmitBatch,
+    WaitingTold,
 )
 from corral.providers.native_dlm import NativeLockspace
 from corral.providers.participant import Participant
@@ -54,6 +56,8 @@ class Space:
         self.native: Final = NativeLockspace(service.world, service.participant, name, value_size=value_size)
         self.native.completed = self._completed
         self.native.blocked = self._blocked
+        self.native.waiting = self._waits
+        self.native.changed = self._changed
         self.native.lost = self._lost
         self.opening: Final = service.world.spawn(self._open(), f"join lockspace {name}")
         self.users: dict[int, tuple[Client, int]] = {}  # dlm client number -> (connection, its number for the space)
@@ -77,6 +81,17 @@ class Space:
         if found is not None:
             client, number = found
             client.block(number, handle, mode)
+
+    def _waits(self, user: int, waits: LockWaits) -> None:
+        found = self.users.get(user)
+        if found is not None:
+            client, number = found
+            client.tell(WaitingTold(number, waits))
+
+    def _changed(self) -> None:
+        if self.opening.done():
+            for _, (client, number) in sorted(self.users.items()):
+                client.tell(SpaceSuspended(number, self.native.suspended))
 
     def _lost(self, reason: str) -> None:
         for _, (client, number) in sorted(self.users.items()):
@@ -166,6 +181,8 @@ class Client:
             self._spaces.pop(number, None)
         identity = self._service.participant.identity
         self.tell(Opened(number, error, identity.page_slot, identity.me.serial))
+        if not error and space.native.suspended:
+            self.tell(SpaceSuspended(number, True))
 
     def _submit(self, message: SubmitBatch) -> None:
         found = self._spaces.get(message.space)

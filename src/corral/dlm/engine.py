@@ -10,7 +10,8 @@ timeouts. Each lock has at most one operation under way (`pending`), kept until 
 unanswered one is sent again under the same number.
 
 Invariants: DLM-1 and DLM-2 (`resource.py`), DLM-5 (`recovery.py`); DLM-6 while now >= lease_until no grant, completion
-or blocking callback leaves, local or remote; DLM-7 every request has exactly one completion, unless its client is gone.
+(but that of a timeout) or blocking callback leaves, local or remote; DLM-7 every request has exactly one completion,
+unless its client is gone.
 Files: `requests.py`, `queries.py`, `orphans.py` and `operations.py` the holder's side, which this class completes;
 `resource.py` the rules, `space.py` tables, `master.py` what peers ask, `recovery.py` rounds, `wire.py` the messages,
 `events.py` what goes in and out.
@@ -100,7 +101,7 @@ class LockspaceEngine(Requests):
     def deadline(self) -> Instant:
         first = self._timeouts[0][0] if self._timeouts else FOREVER
         if self._watched:
-            first = min(first, self._watched[0][0])
+            first = min(first, next(iter(self._watched.values())))
         if self.phase != RUNNING or self._lapsed:
             return first
         return min(first, self.space.toss_deadline())

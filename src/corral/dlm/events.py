@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import final
 
-from corral.api.dlm import Completion, Request
+from corral.api.dlm import Completion, LockWaits, Request
 from corral.base.ids import MemberId
-from corral.base.time import Instant, Nanoseconds
+from corral.base.time import Instant
 from corral.base.view import Round
 
 
@@ -136,16 +136,15 @@ class Blocked:
 class Waiting:
     """The request with this cookie has waited for longer than the lockspace finds normal; told once, it waits on."""
 
-    __slots__ = ("client", "cookie", "handle", "waited_ns")
+    __slots__ = ("client", "cookie", "waits")
 
-    def __init__(self, client: int, handle: int, cookie: int, waited_ns: Nanoseconds) -> None:
+    def __init__(self, client: int, cookie: int, waits: LockWaits) -> None:
         self.client = client
-        self.handle = handle
         self.cookie = cookie
-        self.waited_ns = waited_ns
+        self.waits = waits
 
     def __repr__(self) -> str:
-        return f"Waiting({self.client}, {self.handle}, {self.cookie}, {self.waited_ns})"
+        return f"Waiting({self.client}, {self.cookie}, {self.waits})"
 
 
 @final

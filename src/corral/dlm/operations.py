@@ -9,7 +9,6 @@ the master is asked to cancel, and the one answer says which came first. An unlo
 `Lock.then`.
 """
 
-from collections import deque
 from heapq import heapify, heappop, heappush
 from typing import Final
 
@@ -30,7 +29,6 @@ from corral.base.time import FOREVER, Instant, Nanoseconds
 from corral.dlm.events import (
     Blocked,
     Done,
-    Waiting,
 )
 from corral.dlm.master import Mastering
 from corral.dlm.modes import (
@@ -93,7 +91,7 @@ class Operations:
         self._deferred: dict[int, None] = {}  # locks whose operation waits until we run, in order
         self._timeouts: list[tuple[Instant, int]] = []
         self._timed = 0  # locks with a deadline; the heap may hold stale entries beside
-        self._watched: deque[tuple[Instant, Lock, int]] = deque()  # (when to warn, lock, operation), the next one first
+        self._watched: dict[int, Instant] = {}  # locks whose operation may wait too long, and from when on; in order
         self._orphans: dict[bytes, list[Lock]] = {}  # by name, longest orphaned first
 
     def _running(self, now: Instant) -> bool:
@@ -116,7 +114,7 @@ class Operations:
             heappush(self._timeouts, (lock.deadline, lock.id))
             self._compact()
         if self.warn_ns and lock.pending == pending and pending != UNLOCK and not lock.flags & NODLCKWT:
-            self._watched.append((now + self.warn_ns, lock, lock.operation))
+            self._watched[lock.id] = now + self.warn_ns
 
     def _dispatch(self, now: Instant, lock: Lock) -> None:
         """Takes the pending operation to the resource's master, here or elsewhere. Only while running."""
@@ -247,6 +245,8 @@ class Operations:
         lock.sent = False
         lock.offered = None
         self._no_deadline(lock)
+        if self._watched:
+            self._watched.pop(lock.id, None)
         if ended:
             self._deferred.pop(lock.id, None)
             self.space.drop_lock(now, lock)
@@ -262,7 +262,11 @@ class Operations:
         self._count(status)
         if not lock.abandoned:
             client, handle = lock.address >> 32, lock.address & HANDLE_MAX
-            self._give(now, Done(client, handle, lock.cookie, self._completion(lock, status)))
+            done = Done(client, handle, lock.cookie, self._completion(lock, status))
+            if status == ETIMEDOUT:
+                self._emit.append(done)  # nobody holds anything by this, and whoever bounds its waiting means it
+            else:
+                self._give(now, done)
 
     def _completion(self, lock: Lock, status: int) -> Completion:
         flags = lock.result_flags
@@ -365,18 +369,6 @@ class Operations:
                 self._no_deadline(lock)
                 if lock.pending in (REQUEST, CONVERT) and not lock.overlap:
                     self._timed_out(now, lock)
-
-    def _warn(self, now: Instant) -> None:
-        """Tells of operations that have waited for the warning time, once each. It is the same for all: so in order."""
-        watched = self._watched
-        while watched and watched[0][0] <= now:
-            when, lock, operation = watched.popleft()
-            if lock.pending not in (REQUEST, CONVERT) or lock.operation != operation:
-                continue
-            self.space.counters.warned += 1
-            if not lock.abandoned:
-                waited = now - when + self.warn_ns
-                self._give(now, Waiting(lock.address >> 32, lock.address & HANDLE_MAX, lock.cookie, waited))
 
     def _no_deadline(self, lock: Lock) -> None:
         if lock.deadline != FOREVER:

@@ -1,5 +1,8 @@
 """Who holds and who waits: the query of 2004, of one's own lock or of any name, answered by the master.
 
+With `warn_ns` set, an operation that has waited that long is told to its client, once, with who is in its way: that is
+a query of our own.
+
 The bits (`api.dlm.QUERY_*`) choose queues, and locks by a comparison with a mode. What they mean for the asking lock
 is settled on its holder's side; so the master's answer is a pure function of the resource, the bits and a mode.
 
@@ -30,15 +33,17 @@ from corral.api.dlm import (
     THIS_LOCK,
     Completion,
     LockInfo,
+    LockWaits,
     ResourceInfo,
 )
 from corral.api.dlm import Request as Asked
 from corral.base.ids import NAME_MAX, MemberId
 from corral.base.time import Instant, Nanoseconds
-from corral.dlm.events import Done
+from corral.dlm.events import Done, Waiting
 from corral.dlm.modes import COMPATIBLE, EINVAL, ENOENT, ENOMEM
 from corral.dlm.operations import HANDLE_MAX
 from corral.dlm.orphans import Orphans
+from corral.dlm.recovery import CONVERT, REQUEST
 from corral.dlm.resource import Lock, Resource
 from corral.dlm.wire import Queried, Query
 
@@ -47,6 +52,8 @@ E2BIG: Final = -7
 QUERY_MAX: Final = 4096  # locks in one answer
 QUESTIONS_MAX: Final = 65_536  # queries under way
 STEPS_MAX: Final = 4  # members asked for one query, in one round
+LOOKED_AT: Final = 256  # locks of a resource that are looked through for who is in the way
+BLOCKERS_MAX: Final = 16  # of which so many are told
 
 _BITS: Final = QUERY_MODE | QUERY_QUEUES | QUERY_LOCAL | QUERY_KIND | QUERY_REQUESTED
 _KINDS: Final = (QUERY_HIGHER, QUERY_LOWER, QUERY_EQUAL, QUERY_BLOCKING, QUERY_NOT_BLOCKING, QUERY_ALL)
@@ -115,11 +122,42 @@ def describe(lock: Lock, queue: int, me: MemberId) -> LockInfo:
     )
 
 
+def in_the_way(info: ResourceInfo, member: MemberId, lock_id: int, mode: int) -> list[LockInfo]:
+    """Whom a lock that wants `mode` waits for: those whose granted modes exclude it, else those before it."""
+    blockers: list[LockInfo] = []
+    before: list[LockInfo] = []
+    found = False
+    for lock in info.locks:
+        if lock.member == member and lock.client << 32 | lock.lock == lock_id:
+            found = True
+        elif lock.state != QUEUE_WAIT and not COMPATIBLE[mode][lock.granted]:
+            blockers.append(lock)
+        elif lock.state != QUEUE_GRANT and not found:
+            before.append(lock)
+    return (blockers or before)[:BLOCKERS_MAX]
+
+
 @final
 class QueryAsked:
-    """A query of a client here. `asked`: who shall answer; None before it is asked in a round."""
+    """A query of a client here. `asked`: who shall answer; None before it is asked in a round.
 
-    __slots__ = ("asked", "bits", "client", "cookie", "handle", "limit", "mode", "name", "steps")
+    `waiting`: not the client asks but we do, for who is in the way of this lock; `operation` has waited since `since`.
+    """
+
+    __slots__ = (
+        "asked",
+        "bits",
+        "client",
+        "cookie",
+        "handle",
+        "limit",
+        "mode",
+        "name",
+        "operation",
+        "since",
+        "steps",
+        "waiting",
+    )
 
     def __init__(self, client: int, handle: int, cookie: int, name: bytes, bits: int, mode: int, limit: int) -> None:
         self.client = client
@@ -131,6 +169,9 @@ class QueryAsked:
         self.limit = limit
         self.asked: MemberId | None = None
         self.steps = 0
+        self.waiting: Lock | None = None
+        self.operation = 0
+        self.since: Instant = 0
 
 
 class Queries(Orphans):
@@ -256,8 +297,57 @@ class Queries(Orphans):
         self._answer_query(now, self._queries.pop(number), status, info)
 
     def _answer_query(self, now: Instant, query: QueryAsked, status: int, info: ResourceInfo | None) -> None:
+        if query.waiting is not None:
+            self._tell_waiting(now, query, info)
+            return
         done = Completion(status, 0, IV, b"", False, 0, info)
         self._give(now, Done(query.client, query.handle, query.cookie, done))
+
+    # --- what waits too long -----------------------------------------------------------------------------------------
+
+    def _warn(self, now: Instant) -> None:
+        """The warning time is the same for all, so they are due in the order in which they came."""
+        watched = self._watched
+        while watched:
+            lock_id = next(iter(watched))
+            if watched[lock_id] > now:
+                return
+            since = watched.pop(lock_id) - self.warn_ns
+            lock = self.space.find(lock_id)
+            if lock is None or lock.pending not in (REQUEST, CONVERT):
+                continue
+            self.space.counters.warned += 1
+            if not lock.abandoned:
+                self._ask_who_is_in_the_way(now, lock, since)
+
+    def _ask_who_is_in_the_way(self, now: Instant, lock: Lock, since: Instant) -> None:
+        client, handle = lock.address >> 32, lock.address & HANDLE_MAX
+        query = QueryAsked(
+            client, handle, lock.cookie, lock.resource.name, QUERY_ALL | QUERY_QUEUES, lock.requested, LOOKED_AT
+        )
+        query.waiting = lock
+        query.operation = lock.operation
+        query.since = since
+        if not self._running(now) or len(self._queries) >= QUESTIONS_MAX:
+            self._tell_waiting(now, query, None)
+            return
+        self._query_number += 1
+        self._queries[self._query_number] = query
+        self._ask_query(now, self._query_number)
+
+    def _tell_waiting(self, now: Instant, query: QueryAsked, info: ResourceInfo | None) -> None:
+        lock = query.waiting
+        assert lock is not None, "only asked for one"
+        if (
+            lock.operation != query.operation
+            or lock.pending not in (REQUEST, CONVERT)
+            or lock.overlap
+            or lock.abandoned
+        ):
+            return  # it waits no more
+        blockers = [] if info is None else in_the_way(info, self.me, lock.id, query.mode)
+        waits = LockWaits(query.handle, query.name, query.mode, now - query.since, blockers)
+        self._give(now, Waiting(query.client, query.cookie, waits))
 
     def _client_gone(self, now: Instant, client: int) -> None:
         for number in [number for number, query in self._queries.items() if query.client == client]:

@@ -14,9 +14,15 @@ ALONE: Final = MemberId(1, 1, 0)
 
 
 def solo(
-    now: Instant, name: str, value_size: int = VALUE_SIZE, *, toss_ns: Nanoseconds = TOSS_NS, me: MemberId = ALONE
+    now: Instant,
+    name: str,
+    value_size: int = VALUE_SIZE,
+    *,
+    toss_ns: Nanoseconds = TOSS_NS,
+    warn_ns: Nanoseconds = 0,
+    me: MemberId = ALONE,
 ) -> LockspaceEngine:
-    engine = LockspaceEngine(me, name, value_size, lease_until=FOREVER, toss_ns=toss_ns)
+    engine = LockspaceEngine(me, name, value_size, lease_until=FOREVER, toss_ns=toss_ns, warn_ns=warn_ns)
     engine.step(now, Start(Round(1, name, (Slotted(me, 0),), (), (me,), ())))
     engine.step(now, Finish(1))
     engine.ready()

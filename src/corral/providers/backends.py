@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, final
 
-from corral.api.dlm import Completion, Request
+from corral.api.dlm import Completion, LockWaits, Request
 from corral.base.errors import Busy, ClusterError, LockLost, PeerError
 from corral.base.time import Instant
 from corral.base.world import Connection, World
@@ -26,7 +26,9 @@ from corral.providers.ipc_wire import (
     Released,
     ReleaseSpace,
     SpaceGone,
+    SpaceSuspended,
     SubmitBatch,
+    WaitingTold,
 )
 from corral.providers.native_dlm import NativeLockspace
 from corral.providers.page import PageReader
@@ -103,6 +105,8 @@ class SocketBackend:
         self.lost: asyncio.Future[str] = world.future()
         self.lease_until: Callable[[], Instant] = _no_lease  # before it is open
         self._page = page
+        self.told: Callable[[LockWaits | None], None] = _nothing
+        self.suspended = False
         self._exclusive = exclusive
         self._released: asyncio.Future[str] | None = None
         self._world = world
@@ -182,6 +186,11 @@ class SocketBackend:
                     self._books.block(handle, mode)
             elif isinstance(message, Opened):
                 self._open_answer(message)
+            elif isinstance(message, SpaceSuspended):
+                self.suspended = message.suspended
+                self.told(None)
+            elif isinstance(message, WaitingTold):
+                self.told(message.waits)
             elif isinstance(message, Released):
                 if self._released is not None and not self._released.done():
                     self._released.set_result(message.error)
@@ -231,8 +240,11 @@ class NativeBackend:
         self._loop = asyncio.get_running_loop()
         self._submitting = False
         self._queue: list[Callable[[], None]] = []  # what the engine decided within `submit`
+        self.told: Callable[[LockWaits | None], None] = _nothing
         native.completed = self._completed
         native.blocked = self._blocked
+        native.waiting = self._waits
+        native.changed = self._changed
         native.lost = self._lost
 
     def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
@@ -256,6 +268,10 @@ class NativeBackend:
         if request.op == "lock":
             books.add(blocking)
         return handle, completion
+
+    @property
+    def suspended(self) -> bool:
+        return self._native.suspended
 
     def forget(self, handle: int) -> None:
         self._books.forget(handle)
@@ -285,6 +301,12 @@ class NativeBackend:
         else:
             self._books.block(handle, mode)
 
+    def _waits(self, _client: int, waits: LockWaits) -> None:
+        self.told(waits)
+
+    def _changed(self) -> None:
+        self.told(None)
+
     def _lost(self, reason: str) -> None:
         if not self.lost.done():
             self.lost.set_result(reason)
@@ -299,6 +321,10 @@ class NativeBackend:
         queue, self._queue = self._queue, []
         for call in queue:
             call()
+
+
+def _nothing(_event: LockWaits | None) -> None:
+    """Nobody listens."""
 
 
 def _no_lease() -> Instant:

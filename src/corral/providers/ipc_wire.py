@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from corral.api.cman import Peer
-from corral.api.dlm import Completion, Request
+from corral.api.dlm import Completion, LockWaits, Request
 from corral.base.ids import MemberId
 from corral.base.view import Round, View
 from corral.wire.codec import Codec
@@ -207,7 +207,23 @@ class Released(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=84):
     error: str
 
 
+class SpaceSuspended(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=85):
+    """A recovery of this space has begun, or the last one has finished."""
+
+    space: int
+    suspended: bool
+
+
+class WaitingTold(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=86):
+    """A request of this client has waited for longer than is normal."""
+
+    space: int
+    waits: LockWaits
+
+
 ToLockService = OpenSpace | SubmitBatch | CloseSpace | ReleaseSpace
 TO_LOCK_SERVICE: Codec[ToLockService] = Codec((OpenSpace, SubmitBatch, CloseSpace, ReleaseSpace))
-FromLockService = Opened | CompletedBatch | BlockingBatch | SpaceGone | Released
-FROM_LOCK_SERVICE: Codec[FromLockService] = Codec((Opened, CompletedBatch, BlockingBatch, SpaceGone, Released))
+FromLockService = Opened | CompletedBatch | BlockingBatch | SpaceGone | Released | SpaceSuspended | WaitingTold
+FROM_LOCK_SERVICE: Codec[FromLockService] = Codec(
+    (Opened, CompletedBatch, BlockingBatch, SpaceGone, Released, SpaceSuspended, WaitingTold)
+)

@@ -10,13 +10,13 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Final, final
 
-from corral.api.dlm import ECANCEL, EUNLOCK, VALUE_SIZE, Completion, Request
+from corral.api.dlm import ECANCEL, EUNLOCK, VALUE_SIZE, WARN_NS, Completion, LockWaits, Request
 from corral.base.engine import TICK
 from corral.base.errors import Busy, ClusterError, LockLost
 from corral.base.ids import NAME_MAX
 from corral.base.time import FOREVER, Instant
 from corral.base.world import Timer, World
-from corral.dlm.events import Blocked, ClientGone, Done, Submit
+from corral.dlm.events import Blocked, ClientGone, Done, Submit, Waiting
 from corral.dlm.solo import solo
 from corral.providers.locks import Blocking, Completed, LockSpace
 
@@ -27,13 +27,16 @@ CLIENT: Final = 0  # the process itself
 class LocalBackend:
     """Implements `locks.FastBackend`."""
 
+    suspended: Final = False  # alone there is nothing to recover
+
     def __init__(self, world: World, name: str, value_size: int = VALUE_SIZE) -> None:
         self.name: Final = name
         self.value_size: Final = value_size
-        self.engine: Final = solo(world.now(), name, value_size)
+        self.engine: Final = solo(world.now(), name, value_size, warn_ns=WARN_NS)
         self.lost: asyncio.Future[str] = world.future()
         self.lease_until: Callable[[], Instant] = _for_ever
         self.closed: Callable[[], None] = _nothing
+        self.told: Callable[[LockWaits | None], None] = _unheard
         self._world = world
         self._timer: Timer | None = None
         self._timer_at = FOREVER
@@ -126,6 +129,8 @@ class LocalBackend:
                 blocking = self._blocking.get(event.handle)
                 if blocking is not None:
                     blocking(event.handle, event.mode)
+            elif isinstance(event, Waiting):
+                self.told(event.waits)
 
     def _arm(self) -> None:
         deadline = self.engine.deadline
@@ -186,6 +191,10 @@ def _for_ever() -> Instant:
 def _no_lease() -> Instant:
     """Of a lockspace that is closed."""
     return 0
+
+
+def _unheard(_event: LockWaits | None) -> None:
+    """Nobody watches."""
 
 
 def _nothing() -> None:

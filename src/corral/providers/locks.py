@@ -23,7 +23,7 @@ happened (`corral.sync` is for threads).
 
 import asyncio
 from asyncio import current_task
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Final, Protocol, final
@@ -39,7 +39,10 @@ from corral.api.dlm import (
     NOQUEUE,
     VALBLK,
     Completion,
+    LockWaits,
     Request,
+    SpaceEvent,
+    SpaceState,
 )
 from corral.base.errors import Busy, Cancelled, ClusterError, Deadlock, LockLost, TimedOut, WouldBlock
 from corral.base.ids import NAME_MAX
@@ -58,6 +61,7 @@ from corral.dlm.modes import (
     is_down,
     least,
 )
+from corral.providers.watching import Watching
 
 Completed = Callable[[int, Completion], None]
 Blocking = Callable[[int, int], None]
@@ -78,6 +82,13 @@ class Backend(Protocol):
     @property
     def lost(self) -> "asyncio.Future[str]":
         """Resolves with the reason when every lock is lost for good."""
+
+    @property
+    def suspended(self) -> bool:
+        """A recovery runs."""
+
+    told: Callable[[LockWaits | None], None]
+    """Set by who wants to hear of waits that last too long, and (None) that `suspended` changed."""
 
     def lease_until(self) -> Instant:
         """Up to when held locks are guaranteed, by `World.now`; 0 when they are lost."""
@@ -226,6 +237,7 @@ class HeldLock:
         await self._space.complete(Request("unlock", flags=flags, lock=self._handle, value=value), self)
 
     def _check(self, value: bytes | None = None) -> None:
+        self._space.check_thread()
         if self._lost:
             raise LockLost(f"{self.resource!r}: {self._space.lost_reason}")
         if self.mode < 0:
@@ -350,6 +362,7 @@ class LockSpace:
         self._held: dict[int, HeldLock] = {}
         self._kept: dict[Key, HeldLock] = {}  # in use or idle, longest kept first
         self._waiting: set[asyncio.Future[Completion]] = set()
+        self._watching = Watching(world, backend)
         backend.lost.add_done_callback(self._lose)
 
     @property
@@ -375,6 +388,14 @@ class LockSpace:
     def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
         self.check_thread()
         return self.backend.submit(requests, completed, blocking)
+
+    @property
+    def state(self) -> SpaceState:
+        return self._watching.state
+
+    def watch(self) -> AsyncIterator[SpaceEvent]:
+        self.check_thread()
+        return self._watching.watch()
 
     async def release(self, force: int = 0) -> None:
         """This node leaves the lockspace; every client of it here loses it. Raises Busy: with `force` 0 while there

@@ -9,11 +9,12 @@ granted, and what was decided is held back until it is renewed or the lockspace 
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Final, final
 
 from corral.api.cman import LEVEL_DLM
-from corral.api.dlm import VALUE_SIZE, Completion, Request
+from corral.api.dlm import MODE_NAMES, VALUE_SIZE, WARN_NS, Completion, LockWaits, Request
 from corral.base.engine import Received
 from corral.base.errors import ClusterError, NotMember, PeerError
 from corral.base.ids import MemberId
@@ -33,10 +34,13 @@ from corral.dlm.events import (
     Start,
     Stop,
     Submit,
+    Waiting,
 )
 from corral.dlm.wire import CODEC
 from corral.driver import Driver
 from corral.providers.participant import Participant
+
+log = logging.getLogger("corral.locks")
 
 
 def group_of(name: str) -> str:
@@ -46,7 +50,7 @@ def group_of(name: str) -> str:
 @final
 class NativeLockspace:
     """A `participant.Service`. Whoever serves the clients sets `completed(client, handle, cookie, completion)`,
-    `blocked(client, handle, mode)` and `lost(reason)`."""
+    `blocked(client, handle, mode)`, `waiting(client, waits)`, `changed()` for `suspended`, and `lost(reason)`."""
 
     def __init__(
         self, world: World, participant: Participant, name: str, *, value_size: int = VALUE_SIZE, level: int = LEVEL_DLM
@@ -55,13 +59,16 @@ class NativeLockspace:
         self.group: Final = group_of(name)
         self.completed: Callable[[int, int, int, Completion], None] = _ignore
         self.blocked: Callable[[int, int, int], None] = _ignore
+        self.waiting: Callable[[int, LockWaits], None] = _ignore
+        self.changed: Callable[[], None] = _ignore
         self.lost: Callable[[str], None] = _ignore
+        self.suspended = True  # from a Stop until the next round has finished
         self.rejected = 0
         self._world = world
         self._participant = participant
         self.lease_until: Final = participant.lease_until  # up to when held locks are guaranteed
         self._level = level
-        self.engine: Final = LockspaceEngine(participant.me, name, value_size)
+        self.engine: Final = LockspaceEngine(participant.me, name, value_size, warn_ns=WARN_NS)
         self._driver: Driver[Any] = Driver(world, self.engine, self.group, transmit=self._transmit, emit=self._emitted)
         self._done: asyncio.Future[None] | None = None
         self._round_id = 0
@@ -98,6 +105,7 @@ class NativeLockspace:
 
     def stop(self) -> None:
         self._feed(Stop())
+        self._suspend(True)
 
     async def start(self, round: Round) -> None:
         done: asyncio.Future[None] = self._world.future()
@@ -109,6 +117,12 @@ class NativeLockspace:
 
     def finish(self, round: Round) -> None:
         self._feed(Finish(round.id))
+        self._suspend(False)
+
+    def _suspend(self, suspended: bool) -> None:
+        if self.suspended != suspended:
+            self.suspended = suspended
+            self.changed()
 
     def deliver(self, peer: MemberId, payloads: list[bytes]) -> None:
         events: list[Any] = []
@@ -168,6 +182,9 @@ class NativeLockspace:
             self.completed(event.client, event.handle, event.cookie, event.completion)
         elif isinstance(event, Blocked):
             self.blocked(event.client, event.handle, event.mode)
+        elif isinstance(event, Waiting):
+            log.warning("%s", told_wait(self.name, event.client, event.waits))
+            self.waiting(event.client, event.waits)
         elif isinstance(event, RoundDone):
             if event.round_id == self._round_id and self._done is not None and not self._done.done():
                 self._done.set_result(None)
@@ -184,6 +201,20 @@ class NativeLockspace:
     def _participant_lost(self, lost: "asyncio.Future[str]") -> None:
         self._lost_reason = lost.result()
         self._driver.feed(Lost())
+
+
+def told_wait(space: str, client: int, waits: LockWaits) -> str:
+    """One line for the log: who waits for what, and for whom."""
+    mode = MODE_NAMES[waits.mode]
+    who = f"lockspace {space}: client {client} has waited {waits.waited_ns / 1e9:.1f} s for {waits.resource!r} {mode}"
+    if not waits.blockers:
+        return f"{who}; no other lock is in its way: a recovery is"
+    held = ", ".join(
+        f"node {lock.member.node} client {lock.client} "
+        + (MODE_NAMES[lock.granted] if lock.granted >= 0 else f"(waits for {MODE_NAMES[lock.requested]})")
+        for lock in waits.blockers
+    )
+    return f"{who}; in its way: {held}"
 
 
 def _ignore(*_arguments: Any) -> None:

@@ -18,13 +18,13 @@ What goes wrong in a round
 """
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import suppress
 from errno import EIO
 from typing import Final, final
 
 from corral.api.cman import LEVEL_GFS
-from corral.api.dlm import Request
+from corral.api.dlm import Request, SpaceEvent, SpaceState
 from corral.api.gfs import Notifier
 from corral.base.errors import Busy, ClusterError
 from corral.base.ids import MemberId
@@ -76,6 +76,13 @@ class _Unclosed:
 
     def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
         return self._backend.submit(requests, completed, blocking)
+
+    @property
+    def state(self) -> SpaceState:
+        return self._space.state
+
+    def watch(self) -> AsyncIterator[SpaceEvent]:
+        return self._space.watch()
 
     async def close(self) -> None:
         """Nothing: `NativeMount.close` gives the locks back."""

@@ -187,7 +187,7 @@ class Both:
         if isinstance(event, Blocked):
             return ("bast", event.client, event.handle, ORDER[event.mode])
         if isinstance(event, Waiting):
-            return ("slow", event.client, event.handle, event.cookie)
+            return ("slow", event.client, event.waits.lock, event.cookie)
         assert isinstance(event, Done)
         done = event.completion
         head = ("done", event.client, event.handle, event.cookie, STATUS[done.status])

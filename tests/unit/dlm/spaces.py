@@ -11,14 +11,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
-from corral.api.dlm import Completion, Request
+from corral.api.dlm import WARN_NS, Completion, LockWaits, Request
 from corral.base.engine import Received
 from corral.base.ids import MemberId
 from corral.base.time import FOREVER, MILLISECOND, Instant
 from corral.base.view import Round, Slotted
 from corral.base.world import World
 from corral.dlm.engine import LockspaceEngine
-from corral.dlm.events import Blocked, ClientGone, Done, Finish, Lease, Lost, SpaceLost, Start, Stop, Submit
+from corral.dlm.events import Blocked, ClientGone, Done, Finish, Lease, Lost, SpaceLost, Start, Stop, Submit, Waiting
 from corral.dlm.wire import CODEC
 from corral.driver import Driver
 from corral.providers.backends import NativeBackend
@@ -54,9 +54,12 @@ class Native:
         self.moment: Callable[[], None] = lambda: None
         self.completed: Callable[[int, int, int, Completion], None]
         self.blocked: Callable[[int, int, int], None]
+        self.waiting: Callable[[int, LockWaits], None]
+        self.changed: Callable[[], None]
         self.lost: Callable[[str], None]
+        self.suspended = False
         self.until: Instant = FOREVER
-        self.engine = LockspaceEngine(MemberId(node, 1, 1), "rig")
+        self.engine = LockspaceEngine(MemberId(node, 1, 1), "rig", warn_ns=WARN_NS)
         self._rig = rig
         self._node = node
         self._driver: Driver[Any] = Driver(rig.world, self.engine, "rig", transmit=self._send, emit=self._emitted)
@@ -84,6 +87,10 @@ class Native:
         self._reason = reason
         self.feed(Lost())
 
+    def suspend(self, suspended: bool) -> None:
+        self.suspended = suspended
+        self.changed()
+
     async def close(self) -> None:
         pass
 
@@ -99,6 +106,8 @@ class Native:
             self.moment()
         elif isinstance(event, Blocked):
             self.blocked(event.client, event.handle, event.mode)
+        elif isinstance(event, Waiting):
+            self.waiting(event.client, event.waits)
         elif isinstance(event, SpaceLost):
             self.lost(self._reason)
 
@@ -117,6 +126,7 @@ class Rig:
         slots = tuple(Slotted(native.engine.me, native.engine.me.node) for native in self.natives)
         for native in self.natives:
             native.feed(Stop())
+            native.suspend(True)
         await self.world.sleep_until(self.world.now() + stopped_ns + 2 * WAY)  # what was on its way is gone
         for native in self.natives:
             native.feed(Start(Round(self.round_id, "rig", slots, (), (), ())))
@@ -124,6 +134,7 @@ class Rig:
             await self.world.sleep_until(self.world.now() + WAY)
         for native in self.natives:
             native.feed(Finish(self.round_id))
+            native.suspend(False)
 
     def space(self, node: int) -> LockSpace:
         return self.spaces[node - 1]

@@ -1,10 +1,11 @@
 """What concerns a lockspace as a whole: lengths of value blocks, warnings, orphans' bookkeeping."""
 
+import pytest
 from tests.unit.dlm.members import Members, member
 
-from corral.api.dlm import EX, NL, NODLCKWT, ORPHAN, PERSISTENT, PR, VALBLK, Request
+from corral.api.dlm import CR, EX, NL, NODLCKWT, ORPHAN, PERSISTENT, PR, VALBLK, Request
 from corral.base.time import SECOND
-from corral.dlm.events import Done, Misfit, RoundDone, SpaceLost, Waiting
+from corral.dlm.events import Done, Misfit, RoundDone, SpaceLost, Stop, Waiting
 
 
 def test_value_blocks_have_the_length_of_the_lockspace():
@@ -63,11 +64,61 @@ def test_who_waits_long_is_told_once_and_only_if_it_wants_to_be():
     members.wait(2)
     ((node, waiting),) = members.heard
     assert isinstance(waiting, Waiting)
-    assert (node, waiting.client, waiting.handle, waiting.cookie) == (2, 1, 1, cookie)
-    assert 5 * SECOND <= waiting.waited_ns < 6 * SECOND
+    assert (node, waiting.client, waiting.cookie) == (2, 1, cookie)
+    assert (waiting.waits.lock, waiting.waits.resource, waiting.waits.mode) == (1, b"r", EX)
+    assert 5 * SECOND <= waiting.waits.waited_ns < 6 * SECOND
+    assert [(lock.member.node, lock.lock, lock.granted) for lock in waiting.waits.blockers] == [(1, 1, EX)]
     members.wait(100 * SECOND)
     assert len(members.heard) == 1
     assert members.engines[2].counters.warned == 1
+
+
+def waits(members):
+    return {
+        (node, event.waits.lock): [(lock.member.node, lock.lock) for lock in event.waits.blockers]
+        for node, event in members.heard
+        if isinstance(event, Waiting)
+    }
+
+
+@pytest.mark.parametrize("name", [b"a", b"b", b"c", b"d"])
+def test_who_waits_hears_who_is_in_its_way_wherever_the_resource_is_mastered(name):
+    members = Members(1, 2, warn_ns=5 * SECOND)
+    for node, handle, mode in ((1, 1, PR), (2, 1, PR), (1, 2, CR)):
+        members.submit(node, 1, handle, Request("lock", name, mode))
+    members.submit(2, 1, 1, Request("convert", lock=1, mode=EX))
+    members.submit(1, 1, 3, Request("lock", name, PR))  # its mode is free; it is behind the conversion
+    members.submit(2, 1, 4, Request("lock", name, EX))
+    members.heard.clear()
+    members.wait(6 * SECOND)
+    assert waits(members) == {
+        (2, 1): [(1, 1), (1, 2)],
+        (1, 3): [(2, 1)],
+        (2, 4): [(1, 1), (1, 2), (2, 1)],
+    }
+
+
+def test_who_waits_for_a_recovery_hears_so():
+    members = Members(1, 2, warn_ns=5 * SECOND)
+    members.submit(1, 1, 1, Request("lock", b"r", EX))
+    members.step(2, Stop())
+    members.submit(2, 1, 1, Request("lock", b"r", EX))
+    members.heard.clear()
+    members.wait(6 * SECOND)
+    assert waits(members) == {(2, 1): []}
+
+
+def test_a_wait_that_ends_while_it_is_asked_about_is_not_told():
+    members = Members(1, 2, warn_ns=5 * SECOND)
+    members.submit(1, 1, 1, Request("lock", b"r", EX))
+    members.submit(2, 1, 1, Request("lock", b"r", EX))
+    members.held_back = True
+    members.wait(6 * SECOND)
+    members.submit(2, 1, 1, Request("cancel", lock=1))
+    members.held_back = False
+    members.heard.clear()
+    members.talk()
+    assert waits(members) == {}
 
 
 def test_a_handle_used_again_does_not_inherit_the_waiting_of_the_last():
