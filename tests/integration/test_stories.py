@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,16 @@ def test_a_mount_killed_alone_is_replayed_by_a_survivor_without_a_new_view(mount
         assert mounted.status(1)["epoch"] == epoch
         mounted.mount_again(3)
         work.check(3)
+
+
+def test_a_node_that_was_killed_and_is_started_has_its_mount_again(mounted: Mounted) -> None:
+    (mounted.mount(1) / "before").write_text("kept")
+    mounted.cluster.kill(3)
+    mounted.wait(1, [1, 2])
+    directory = f"--dir={mounted.layout.root}"
+    corral_command = [sys.executable, "-m", "corral.cli.main", "node", "start", "3", directory]
+    subprocess.run(corral_command, check=True, capture_output=True, timeout=120)
+    assert (mounted.mount(3) / "before").read_text() == "kept"
 
 
 def test_a_mount_paused_for_longer_than_recover_is_evicted_and_the_others_go_on(mounted: Mounted) -> None:

@@ -137,13 +137,13 @@ def stop(number: int, directory: Path) -> None:
 @node.command()
 @click.argument("number", type=int)
 @dir_option
-@click.option("--mount", is_flag=True, help="Mount the filesystem too.")
-def start(number: int, directory: Path, mount: bool) -> None:
-    """Start the node again, having cleared what a dead life left; returns when it is a member."""
+@click.option("--mount/--no-mount", default=None, help="Mount the filesystem too; default: if it ever was there.")
+def start(number: int, directory: Path, mount: bool | None) -> None:
+    """Start the node again, having cleared what a dead life left; returns when it is a member, and mounted."""
     cluster = existing(directory)
     cluster.start(number)
     cluster.wait_ready([number])
-    if mount:
+    if cluster.mounts.were_there(number) if mount is None else mount:
         cluster.mounts.mount(number)
 
 

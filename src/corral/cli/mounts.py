@@ -25,6 +25,10 @@ class Mounts:
     def is_mounted(self, node: NodeId) -> bool:
         return mounted_at(str(self._layout.node(node).mount)) is not None
 
+    def were_there(self, node: NodeId) -> bool:
+        """This node has been mounted in the life of this cluster."""
+        return self._layout.node(node).mount.is_dir() and self._layout.disk.exists()
+
     def mount(self, node: NodeId) -> None:
         """Returns when it is mounted. Raises ClusterError with the mount's own last sentence."""
         files = self._layout.node(node)
