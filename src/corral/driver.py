@@ -7,7 +7,7 @@ queued behind it, so an engine is never re-entered. Records are written by one t
 One timer, never moved back: a deadline that left it behind, as most do, costs nothing until it fires and finds that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from corral.base.engine import TICK, Engine, Ready
@@ -17,11 +17,24 @@ from corral.base.world import Store, Timer, World
 
 E = TypeVar("E")
 
+Transmit = Callable[[Sequence[tuple[MemberId, Any]]], None]
+
 BATCH = 64  # events stepped before the engine is asked for its decisions
 
 
+def each(send: Callable[[MemberId, Any], None]) -> Transmit:
+    """A `transmit` that sends every message by itself."""
+
+    def transmit(messages: Sequence[tuple[MemberId, Any]]) -> None:
+        for peer, message in messages:
+            send(peer, message)
+
+    return transmit
+
+
 class Driver(Generic[E]):
-    """`transmit(peer, message)` hands a message to comm; `encode(record)` makes bytes for the store.
+    """`transmit([(peer, message)])` hands what was decided in one go to comm; `encode(record)` makes bytes for the
+    store.
 
     `failed(error)` is called once when a record cannot be made durable: from then on the engine is not stepped any
     more, so nothing that depends on the lost record can leave (DESIGN 5: such a corrald stops).
@@ -33,7 +46,7 @@ class Driver(Generic[E]):
         engine: Engine[E],
         name: str,
         *,
-        transmit: Callable[[MemberId, Any], None],
+        transmit: Transmit,
         emit: Callable[[Any], None],
         store: Store | None = None,
         encode: Callable[[Any], bytes] | None = None,
@@ -90,20 +103,20 @@ class Driver(Generic[E]):
         self.arm()
 
     def _act(self, ready: Ready) -> None:
-        for peer, message in ready.send:
-            self._transmit(peer, message)
+        if ready.send:
+            self._transmit(ready.send)
         if ready.persist or self._unwritten or self._writing:
             if ready.persist or ready.then_send or ready.emit:
                 self._unwritten.append(ready)
                 if not self._writing:
                     self._writing = True
                     self._world.spawn(self._write(), f"{self.name}: write records")
-            return
-        self._follow(ready)
+        elif ready.then_send or ready.emit:
+            self._follow(ready)
 
     def _follow(self, ready: Ready) -> None:
-        for peer, message in ready.then_send:
-            self._transmit(peer, message)
+        if ready.then_send:
+            self._transmit(ready.then_send)
         for event in ready.emit:
             self._emit(event)
 

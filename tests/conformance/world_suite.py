@@ -183,6 +183,26 @@ async def a_spawned_task_can_be_awaited_and_cancelled(lab: Laboratory) -> None:
 
 
 @check
+async def the_end_of_a_turn_comes_once_and_after_what_was_ready(lab: Laboratory) -> None:
+    world = lab.world(1)
+    heard: list[str] = []
+
+    async def ready() -> None:
+        heard.append("ready")
+
+    def gathered() -> None:
+        heard.append("end")
+        world.at_turn_end(lambda: heard.append("and what that began"))
+
+    world.at_turn_end(gathered)
+    world.at_turn_end(lambda: heard.append("end, too"))
+    await ready()
+    assert heard == ["ready"]
+    await settle(world)
+    assert heard == ["ready", "end", "end, too", "and what that began"]
+
+
+@check
 async def chance_and_wall_clock(lab: Laboratory) -> None:
     world = lab.world(1)
     assert len(world.random_bytes(33)) == 33

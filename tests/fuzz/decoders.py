@@ -76,6 +76,15 @@ def messages(name: str, codec: Codec[Any]) -> Target:
     return decoder(name, make, decode, (PeerError,))
 
 
+def dlm_batch(random: Random) -> bytes:
+    """A body of a few messages, now and then of more than one may hold; half of them damaged."""
+    some = [VALUES.of(random.choice(dlm_wire.CODEC.types), random) for _ in range(random.choice((1, 2, 3, 64, 70)))]
+    data = encode(some)
+    if data is None:
+        return b""
+    return data if random.random() < 0.5 else damage(data, random)
+
+
 def frame_bytes(random: Random) -> bytes:
     body = random.randbytes(random.choice((0, 1, 40, 300)))
     kind = random.randrange(9)
@@ -299,6 +308,7 @@ def targets() -> list[Target]:
         messages("lift-attachment", lift_wire.ATTACHMENT_CODEC),
         messages("fence-messages", fence_wire.CODEC),
         messages("dlm-messages", dlm_wire.CODEC),
+        decoder("dlm-batches", dlm_batch, dlm_wire.BATCHES.decode, peer),
         messages("ipc-to-corrald", ipc_wire.TO_CORRALD),
         messages("ipc-from-corrald", ipc_wire.FROM_CORRALD),
         messages("ipc-to-locks", ipc_wire.TO_LOCK_SERVICE),

@@ -134,7 +134,7 @@ class SpaceState(msgspec.Struct, frozen=True):
 SpaceEvent = SpaceState | LockWaits
 
 
-class Completion(msgspec.Struct, gc=False):
+class Completion(msgspec.Struct, array_like=True, gc=False):
     """What became of a request. `mode` is the granted mode after it; `value` is readable beside `value_valid`.
     `report` answers a query.
     """
@@ -148,7 +148,7 @@ class Completion(msgspec.Struct, gc=False):
     report: ResourceInfo | None = None
 
 
-class Request(msgspec.Struct, gc=False):
+class Request(msgspec.Struct, array_like=True, gc=False):
     """One operation for `submit`.
 
     `op`: "lock" | "convert" | "unlock" | "cancel" | "purge" | "query". `lock` names the handle for the next three.
@@ -245,11 +245,12 @@ class Lockspace(Protocol):
     def submit(
         self,
         requests: Sequence[Request],
-        completed: Callable[[int, Completion], None],
+        completed: Callable[[int, Completion], None] | None,
         blocking: Callable[[int, int], None] | None = None,
     ) -> list[int]:
         """The low level: every flag. Returns a handle per request (for convert, unlock and cancel the given one).
-        `completed(handle, completion)` and `blocking(handle, mode)` are called from the loop, never before return.
+        `completed(handle, completion)` and `blocking(handle, mode)` are called from the loop, never before return;
+        with `completed` None nobody is told, and less travels.
         A request that is illegal completes with its negative errno like any other."""
 
     @property

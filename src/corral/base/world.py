@@ -229,6 +229,10 @@ class World(Protocol):
 
     def call_at(self, when: Instant, fn: Callable[[], None]) -> Timer: ...
 
+    def at_turn_end(self, fn: Callable[[], None]) -> None:
+        """Calls `fn` once when what is ready in this loop turn is done, before what streams were given leaves; for
+        whoever gathers what is to go together."""
+
     def spawn(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """An exception that leaves the coroutine stops this process (in the simulator: fails the run)."""
 

@@ -15,6 +15,7 @@ from corral.api.dlm import Completion, LockWaits, Request
 from corral.base.errors import ClusterError, ConfigurationError, PeerError
 from corral.base.ids import NAME_MAX
 from corral.base.world import Connection, World
+from corral.dlm.events import UNAWAITED
 from corral.providers.endpoint import native_endpoint
 from corral.providers.ipc_wire import (
     FROM_LOCK_SERVICE,
@@ -199,7 +200,7 @@ class Client:
                 completion = None if waiting else native.complete_now(user, handle, request)
                 if completion is None:
                     waiting.append(operation)
-                else:
+                elif cookie != UNAWAITED:
                     self.complete(number, handle, cookie, completion)
             if waiting:
                 native.submit(user, waiting)
@@ -255,7 +256,7 @@ class Client:
     def _flush_soon(self) -> None:
         if not self._flushing:
             self._flushing = True
-            self._service.loop.call_soon(self._flush)
+            self._service.world.at_turn_end(self._flush)
 
     def _flush(self) -> None:
         self._flushing = False
@@ -283,7 +284,6 @@ class LockService:
         self.participant: Final = participant
         self.clients: set[Client] = set()
         self.spaces: dict[str, Space] = {}
-        self.loop: Final = asyncio.get_running_loop()
         self.rejected = 0
         self._user = 0
 

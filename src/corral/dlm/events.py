@@ -1,7 +1,7 @@
 """What goes into a LockspaceEngine and what comes out, besides messages. Small final records, made on hot paths."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import Final, final
 
 from corral.api.dlm import Completion, LockWaits, Request
 from corral.base.ids import MemberId
@@ -43,6 +43,9 @@ class Finish:
 
     def __repr__(self) -> str:
         return f"Finish({self.round_id})"
+
+
+UNAWAITED: Final = 0  # the cookie of a request whose completion nobody wants to hear of
 
 
 @final

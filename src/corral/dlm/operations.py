@@ -27,6 +27,7 @@ from corral.api.dlm import (
 from corral.base.ids import MemberId
 from corral.base.time import FOREVER, Instant, Nanoseconds
 from corral.dlm.events import (
+    UNAWAITED,
     Blocked,
     Done,
 )
@@ -260,7 +261,7 @@ class Operations:
 
     def _tell(self, now: Instant, lock: Lock, status: int) -> None:
         self._count(status)
-        if not lock.abandoned:
+        if not lock.abandoned and lock.cookie != UNAWAITED:
             client, handle = lock.address >> 32, lock.address & HANDLE_MAX
             done = Done(client, handle, lock.cookie, self._completion(lock, status))
             if status == ETIMEDOUT:

@@ -100,7 +100,7 @@ class _Run:
         self.engine = engine
         self.callers: dict[int, _Caller] = {}
 
-    def step(self, number: int, operation: Sequence[Any]) -> list[Any]:
+    def step(self, cookie: int, operation: Sequence[Any]) -> list[Any]:
         """One call and what followed, in the form of the recording."""
         kind, name = operation[0], operation[1]
         handle = name + 1
@@ -118,29 +118,29 @@ class _Run:
             request = self._unlock(operation)
         else:
             request = Request("cancel")
-        self.engine.step(0, Submit(CLIENT, ((handle, number, request),)))
+        self.engine.step(0, Submit(CLIENT, ((handle, cookie, request),)))
         done = self.engine.ready().emit
-        result = self._result(number, done)
+        result = self._result(cookie, done)
         if kind == "convert" and result == 0:
             self.callers[name].flags = operation[3]
-        events = [event for event in (self._event(number, operation, event) for event in done) if event is not None]
+        events = [event for event in (self._event(cookie, operation, event) for event in done) if event is not None]
         if result and kind == "lock":
             del self.callers[name]
         return [result, *events]
 
-    def _result(self, number: int, done: Sequence[object]) -> int:
+    def _result(self, cookie: int, done: Sequence[object]) -> int:
         """What the call returns: statuses of its own that no completion brings."""
         for event in done:
-            if isinstance(event, Done) and event.cookie == number and event.completion.status not in _STATUS:
+            if isinstance(event, Done) and event.cookie == cookie and event.completion.status not in _STATUS:
                 return event.completion.status
         return 0
 
-    def _event(self, number: int, operation: Sequence[Any], event: object) -> list[Any] | None:
+    def _event(self, cookie: int, operation: Sequence[Any], event: object) -> list[Any] | None:
         if isinstance(event, Blocked):
             return [event.handle - 1, "bast"]
         if not isinstance(event, Done) or event.completion.status not in _STATUS:
             return None
-        own = event.cookie == number
+        own = event.cookie == cookie
         if own and operation[0] == "cancel":
             return None  # that the cancel is under way; the cancelled operation has its own
         completion = event.completion
@@ -219,7 +219,7 @@ def replay(run: dict[str, Any], engine: LockspaceEngine | None = None) -> Iterat
     for number, step in enumerate(steps):
         try:
             operation, expected = step
-            got = player.step(number, operation)
+            got = player.step(number + 1, operation)  # nobody would hear of one with the cookie 0
             same = _equal(expected, got)
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise Malformed(f"run {seed} step {number}: {type(error).__name__} {error}") from None

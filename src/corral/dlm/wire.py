@@ -11,7 +11,7 @@ import msgspec
 
 from corral.api.dlm import ResourceInfo
 from corral.base.ids import MemberId
-from corral.wire.codec import Codec
+from corral.wire.codec import Batches, Codec
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=1):
@@ -175,25 +175,25 @@ class Queried(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=18):
 
 CHUNK: Final = 256  # names or locks in one recovery message
 
-CODEC: Final[Codec[object]] = Codec(
-    (
-        Request,
-        Convert,
-        Unlock,
-        Cancel,
-        Completed,
-        Blocking,
-        Master,
-        NotMaster,
-        Remove,
-        Names,
-        Claim,
-        Masters,
-        RecoverLocks,
-        Reached,
-        Purge,
-        Purged,
-        Query,
-        Queried,
-    )
+TYPES: Final = (
+    Request,
+    Convert,
+    Unlock,
+    Cancel,
+    Completed,
+    Blocking,
+    Master,
+    NotMaster,
+    Remove,
+    Names,
+    Claim,
+    Masters,
+    RecoverLocks,
+    Reached,
+    Purge,
+    Purged,
+    Query,
+    Queried,
 )
+CODEC: Final[Codec[object]] = Codec(TYPES)
+BATCHES: Final[Batches[object]] = Batches(TYPES)  # what travels: one payload for all that one step said to a member

@@ -39,7 +39,7 @@ from corral.cman.quorum import check_record
 from corral.cman.state import State, recover
 from corral.cman.timing import Timing
 from corral.cman.wire import HEARTBEATS, MESSAGES, RECORDS, Started
-from corral.driver import Driver
+from corral.driver import Driver, each
 from corral.node.chronicle import Chronicle
 from corral.providers.native_comm import NativeComm
 from corral.wire.frame import PORT_CMAN
@@ -98,7 +98,7 @@ class Agreement:
             world,
             self.membership,
             "cman",
-            transmit=lambda peer, message: comm.send(peer, PORT_CMAN, 0, MESSAGES.encode(message)),
+            transmit=each(lambda peer, message: comm.send(peer, PORT_CMAN, 0, MESSAGES.encode(message))),
             emit=self._agreed,
             store=store,
             encode=RECORDS.encode,
@@ -108,7 +108,7 @@ class Agreement:
             world,
             self.heartbeat,
             "heartbeat",
-            transmit=lambda peer, message: comm.datagram(peer, HEARTBEATS.encode(message)),
+            transmit=each(lambda peer, message: comm.datagram(peer, HEARTBEATS.encode(message))),
             emit=self._heard,
         )
 

@@ -19,7 +19,7 @@ from corral.base.errors import ClusterError, PeerError
 from corral.base.ids import MemberId, NodeId, NodeIncarnation
 from corral.base.view import View
 from corral.base.world import ProcessId, World
-from corral.driver import Driver
+from corral.driver import Driver, each
 from corral.fence.engine import FenceEngine
 from corral.fence.events import (
     CancelAttempt,
@@ -80,7 +80,7 @@ class Fencing:
             world,
             self.engine,
             "fence",
-            transmit=lambda peer, message: transmit(peer, PORT_FENCE, CODEC.encode(message)),
+            transmit=each(lambda peer, message: transmit(peer, PORT_FENCE, CODEC.encode(message))),
             emit=self._emitted,
         )
         self._config = config

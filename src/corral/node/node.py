@@ -51,7 +51,7 @@ from corral.cman.lift_events import Installed as LiftInstalled
 from corral.cman.lift_events import Left as LeftGroup
 from corral.cman.lift_wire import ATTACHMENT_CODEC, CODEC, STATE_CODEC, Attachment, LiftState
 from corral.cman.timing import Timing
-from corral.driver import Driver
+from corral.driver import Driver, each
 from corral.fence.events import Start as FenceStart
 from corral.node.agreement import Agreement, begin_life
 from corral.node.chronicle import Chronicle
@@ -164,7 +164,7 @@ class Node:
             world,
             self.lift,
             "lift",
-            transmit=lambda peer, message: self.comm.send(peer, PORT_LIFT, 0, CODEC.encode(message)),
+            transmit=each(lambda peer, message: self.comm.send(peer, PORT_LIFT, 0, CODEC.encode(message))),
             emit=self._lifted,
             store=lift_store,
             encode=STATE_CODEC.encode,

@@ -3,18 +3,20 @@
     SocketBackend   to this node's lock service, for light clients
     NativeBackend   to a lockspace engine in this process, for participants
 
-Both keep the books of one client: a handle per lock, a cookie per request, and who is to be called.
+Both keep the books of one client: a handle per lock, a cookie per request, and who is to be called. What is submitted
+in one loop turn goes on together at its end: in one message, or in one step of the engine.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import suppress
 from typing import Final, final
 
 from corral.api.dlm import Completion, LockWaits, Request
-from corral.base.errors import Busy, ClusterError, LockLost, PeerError
+from corral.base.errors import Busy, ClusterError, LockLost, NotMember, PeerError
 from corral.base.time import Instant
 from corral.base.world import Connection, World
+from corral.dlm.events import UNAWAITED
 from corral.providers.ipc_wire import (
     FROM_LOCK_SERVICE,
     TO_LOCK_SERVICE,
@@ -35,6 +37,7 @@ from corral.providers.page import PageReader
 
 Completed = Callable[[int, Completion], None]
 Blocking = Callable[[int, int], None]
+Operation = tuple[int, int, Request]  # handle, cookie, what is asked
 
 BATCH: Final = 1024  # requests in one message
 
@@ -53,17 +56,23 @@ class Books:
         self.ended = ""
 
     def enter(
-        self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None
-    ) -> tuple[list[int], list[tuple[int, int, Request]]]:
+        self,
+        requests: Sequence[Request],
+        completed: Completed | None,
+        blocking: Blocking | None,
+        operations: list[Operation],
+    ) -> list[int]:
+        """Appends to `operations`; returns the handles."""
         handles: list[int] = []
-        operations: list[tuple[int, int, Request]] = []
         for request in requests:
             handle = self.add(blocking) if request.op == "lock" else request.lock
-            self._cookie += 1
-            self._waiting[self._cookie] = (handle, completed)
+            cookie = UNAWAITED
+            if completed is not None:
+                self._cookie = cookie = self._cookie + 1
+                self._waiting[cookie] = (handle, completed)
             handles.append(handle)
-            operations.append((handle, self._cookie, request))
-        return handles, operations
+            operations.append((handle, cookie, request))
+        return handles
 
     def next_handle(self) -> int:
         """What `add` will give."""
@@ -92,10 +101,7 @@ class Books:
 
 @final
 class SocketBackend:
-    """One lockspace over one connection to the lock service. Implements `ConnectionHandler`.
-
-    What is submitted in one loop turn leaves in one message.
-    """
+    """One lockspace over one connection to the lock service. Implements `ConnectionHandler`."""
 
     def __init__(
         self, world: World, socket: str, name: str, value_size: int, page: memoryview, exclusive: bool = False
@@ -111,9 +117,8 @@ class SocketBackend:
         self._released: asyncio.Future[str] | None = None
         self._world = world
         self._socket = socket
-        self._loop = asyncio.get_running_loop()
         self._books = Books()
-        self._outgoing: list[tuple[int, int, Request]] = []
+        self._outgoing: list[Operation] = []
         self._connection: Connection | None = None
         self._opened: asyncio.Future[None] = world.future()
 
@@ -129,14 +134,15 @@ class SocketBackend:
         self._connection.send([TO_LOCK_SERVICE.encode(OpenSpace(1, self.name, self.value_size, self._exclusive))])
         await self._opened
 
-    def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
+    def submit(
+        self, requests: Sequence[Request], completed: Completed | None, blocking: Blocking | None = None
+    ) -> list[int]:
         if self.lost.done() or self._connection is None:
             raise LockLost(self.lost.result() if self.lost.done() else "the lockspace is not open")
-        handles, operations = self._books.enter(requests, completed, blocking)
-        if not self._outgoing:
-            self._loop.call_soon(self._flush)
-        self._outgoing += operations
-        return handles
+        outgoing = self._outgoing
+        if not outgoing:
+            self._world.at_turn_end(self._flush)
+        return self._books.enter(requests, completed, blocking, outgoing)
 
     def forget(self, handle: int) -> None:
         """The lock of this handle is over."""
@@ -235,11 +241,10 @@ class NativeBackend:
         self.lost: asyncio.Future[str] = world.future()
         self.lease_until: Callable[[], Instant] = native.lease_until
         self._native = native
+        self._world = world
         self._client = client
         self._books = Books()
-        self._loop = asyncio.get_running_loop()
-        self._submitting = False
-        self._queue: list[Callable[[], None]] = []  # what the engine decided within `submit`
+        self._submitted: list[Operation] = []  # in this loop turn
         self.told: Callable[[LockWaits | None], None] = _nothing
         native.completed = self._completed
         native.blocked = self._blocked
@@ -247,19 +252,26 @@ class NativeBackend:
         native.changed = self._changed
         native.lost = self._lost
 
-    def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
+    def submit(
+        self, requests: Sequence[Request], completed: Completed | None, blocking: Blocking | None = None
+    ) -> list[int]:
         if self.lost.done():
             raise LockLost(self.lost.result())
-        handles, operations = self._books.enter(requests, completed, blocking)
-        self._submitting = True
-        try:
-            self._native.submit(self._client, operations)
-        finally:
-            self._submitting = False
-        return handles
+        submitted = self._submitted
+        if not submitted:
+            self._world.at_turn_end(self._flush)
+        return self._books.enter(requests, completed, blocking, submitted)
+
+    def _flush(self) -> None:
+        submitted, self._submitted = self._submitted, []
+        if submitted and not self.lost.done():  # none: `close` was faster
+            with suppress(NotMember):  # then `lost` tells
+                self._native.submit(self._client, submitted)
 
     def submit_now(self, request: Request, blocking: Blocking | None) -> tuple[int, Completion] | None:
         """Completes within the call what concerns nobody else; None: nothing has happened, `submit` it."""
+        if self._submitted:
+            return None  # nothing overtakes what was asked before
         books = self._books
         handle = books.next_handle() if request.op == "lock" else request.lock
         completion = self._native.complete_now(self._client, handle, request)
@@ -278,28 +290,22 @@ class NativeBackend:
 
     async def release(self, force: int) -> None:
         """Raises Busy when the lockspace is in use for that force."""
+        self._flush()
         if self._native.engine.busy(force):
             raise Busy(f"lockspace {self.name} has locks; end them, or release it by force")
         await self.close()
 
     async def close(self) -> None:
+        self._flush()
         self._native.client_gone(self._client)
         self._lost("the lockspace was closed")
         await self._native.close()
 
-    # What the engine decides within `submit` waits for the next loop turn, and what comes meanwhile stays behind it.
-
     def _completed(self, _client: int, handle: int, cookie: int, completion: Completion) -> None:
-        if self._submitting or self._queue:
-            self._later(partial(self._books.complete, handle, cookie, completion))
-        else:
-            self._books.complete(handle, cookie, completion)
+        self._books.complete(handle, cookie, completion)
 
     def _blocked(self, _client: int, handle: int, mode: int) -> None:
-        if self._submitting or self._queue:
-            self._later(partial(self._books.block, handle, mode))
-        else:
-            self._books.block(handle, mode)
+        self._books.block(handle, mode)
 
     def _waits(self, _client: int, waits: LockWaits) -> None:
         self.told(waits)
@@ -311,16 +317,6 @@ class NativeBackend:
         if not self.lost.done():
             self.lost.set_result(reason)
             self.lease_until = _no_lease
-
-    def _later(self, call: Callable[[], None]) -> None:
-        if not self._queue:
-            self._loop.call_soon(self._drain)
-        self._queue.append(call)
-
-    def _drain(self) -> None:
-        queue, self._queue = self._queue, []
-        for call in queue:
-            call()
 
 
 def _nothing(_event: LockWaits | None) -> None:

@@ -153,7 +153,8 @@ class OpenSpace(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=64):
 
 
 class SubmitBatch(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=65):
-    """(handle, cookie, request) each. Handles and cookies are the client's own; a completion brings both back."""
+    """(handle, cookie, request) each. Handles and cookies are the client's own; a completion brings both back. With
+    the cookie 0 none comes."""
 
     space: int
     requests: list[tuple[int, int, Request]]

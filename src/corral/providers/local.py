@@ -47,7 +47,9 @@ class LocalBackend:
         self._delivering = False
         self._loop = asyncio.get_running_loop()
 
-    def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
+    def submit(
+        self, requests: Sequence[Request], completed: Completed | None, blocking: Blocking | None = None
+    ) -> list[int]:
         if self.lost.done():
             raise LockLost(self.lost.result())
         handles: list[int] = []
@@ -57,7 +59,8 @@ class LocalBackend:
             if request.op == "lock":
                 handle = self._enter(blocking)
             self._cookie += 1
-            self._waiting[self._cookie] = completed
+            if completed is not None:
+                self._waiting[self._cookie] = completed
             handles.append(handle)
             operations.append((handle, self._cookie, request))
         self.engine.step(self._world.now(), Submit(CLIENT, operations))

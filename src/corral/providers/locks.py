@@ -94,7 +94,7 @@ class Backend(Protocol):
         """Up to when held locks are guaranteed, by `World.now`; 0 when they are lost."""
 
     def submit(
-        self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None
+        self, requests: Sequence[Request], completed: Completed | None, blocking: Blocking | None = None
     ) -> list[int]: ...
     def forget(self, handle: int) -> None:
         """The lock of this handle is over."""
@@ -385,7 +385,9 @@ class LockSpace:
             _check_key(resource, mode)
         return PendingLock(self, key, flags if wait else flags | NOQUEUE, timeout, keep, on_block)
 
-    def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
+    def submit(
+        self, requests: Sequence[Request], completed: Completed | None, blocking: Blocking | None = None
+    ) -> list[int]:
         self.check_thread()
         return self.backend.submit(requests, completed, blocking)
 
@@ -535,7 +537,7 @@ class LockSpace:
         if not answer.done():
             certain = least(before, request.mode, request.flags)
             held.mode = CR if certain == IV else certain  # what both PR and CW allow
-            self.backend.submit([Request("cancel", lock=held._handle)], _ignored)
+            self.backend.submit([Request("cancel", lock=held._handle)], None)
         elif answer.exception() is None:
             held.arrived(answer.result())
         held._settling = self._world.spawn(self._settle(held, request.mode, before, answer), "take a conversion back")
@@ -577,7 +579,7 @@ class LockSpace:
             return
         request = Request("unlock", flags=FORCEUNLOCK, lock=handle)
         if not near or self._now is None or self._now(request, None) is None:
-            self.backend.submit([request], _ignored)
+            self.backend.submit([request], None)
 
     def _lose(self, lost: "asyncio.Future[str]") -> None:
         self.lost_reason = lost.result() or "the lockspace is lost"
@@ -616,7 +618,3 @@ def _timeout_ns(timeout: Seconds | None) -> int:
     if timeout <= 0:
         raise ValueError("a timeout is above zero; use wait=False for not waiting at all")
     return from_seconds(timeout)
-
-
-def _ignored(_handle: int, _completion: Completion) -> None:
-    """Nobody waits for this answer."""

@@ -54,7 +54,8 @@ class _Wire:
             comm._received(self.number, messages)
             return
         session.receive(comm._world.now(), messages)
-        engine.settle(session, self.number)
+        if session.deadline < engine.deadline or session.connection != self.number:
+            engine.settle(session, self.number)
         if len(out) == 1 and isinstance(action := out[0], Deliver):
             out.clear()
             comm._acting = True

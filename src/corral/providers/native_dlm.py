@@ -22,6 +22,7 @@ from corral.base.view import Round
 from corral.base.world import World
 from corral.dlm.engine import LockspaceEngine
 from corral.dlm.events import (
+    UNAWAITED,
     Blocked,
     ClientGone,
     Done,
@@ -36,7 +37,7 @@ from corral.dlm.events import (
     Submit,
     Waiting,
 )
-from corral.dlm.wire import CODEC
+from corral.dlm.wire import BATCHES
 from corral.driver import Driver
 from corral.providers.participant import Participant
 
@@ -128,7 +129,7 @@ class NativeLockspace:
         events: list[Any] = []
         for payload in payloads:
             try:
-                events.append(Received(peer, CODEC.decode(payload)))
+                events += [Received(peer, message) for message in BATCHES.decode(payload)]
             except PeerError:
                 self.rejected += 1
         self._feed(*events)
@@ -174,11 +175,19 @@ class NativeLockspace:
             self._feed()
         self._world.call_at(self._world.now() + self._participant.identity.detect_ns // 20, self._watch_lease)
 
-    def _transmit(self, peer: MemberId, message: Any) -> None:
-        self._participant.send(self.group, peer, CODEC.encode(message))
+    def _transmit(self, messages: Sequence[tuple[MemberId, Any]]) -> None:
+        """All that one go decided for a member leaves in one frame, or in a few."""
+        by_peer: dict[MemberId, list[Any]] = {}
+        for peer, message in messages:
+            by_peer.setdefault(peer, []).append(message)
+        for peer, said in by_peer.items():
+            for payload in BATCHES.encode(said):
+                self._participant.send(self.group, peer, payload)
 
     def _emitted(self, event: object) -> None:
         if isinstance(event, Done):
+            if event.cookie == UNAWAITED:
+                return
             self.completed(event.client, event.handle, event.cookie, event.completion)
         elif isinstance(event, Blocked):
             self.blocked(event.client, event.handle, event.mode)

@@ -74,7 +74,9 @@ class _Unclosed:
     def lock(self, *arguments: object, **named: object) -> PendingLock:
         return self._space.lock(*arguments, **named)  # type: ignore[arg-type]
 
-    def submit(self, requests: Sequence[Request], completed: Completed, blocking: Blocking | None = None) -> list[int]:
+    def submit(
+        self, requests: Sequence[Request], completed: Completed | None, blocking: Blocking | None = None
+    ) -> list[int]:
         return self._backend.submit(requests, completed, blocking)
 
     @property

@@ -164,6 +164,8 @@ class Participant:
             ) from None
         self._tell(Attach(IPC_VERSION, PARTICIPANT, self._purpose))
         self.identity = await self._attached
+        if self.lost.done():
+            raise ClusterError(self.lost.result())
         self._page = PageReader(self._world.page(self.identity.page, PAGE_SIZE, create=False), self.identity.page_slot)
         self.comm = self._make_endpoint(self._world, self.identity, self._ticket)
         self.comm.watch(self._session)
@@ -185,7 +187,7 @@ class Participant:
             self._enlistment.release()
 
     def _tick(self) -> None:
-        if self._page is not None and not self._closing and not self.lost.done():
+        if self._page is not None and not self._closing:
             blocked = False
             for name in sorted(self._groups):
                 group = self._groups[name]
@@ -219,9 +221,8 @@ class Participant:
 
     def lease_until(self) -> Instant:
         """Up to when this process may act; 0 when frozen or lost."""
-        if self._page is None or self.lost.done():
-            return 0
-        return self._page.lease_until()
+        page = self._page
+        return 0 if page is None else page.lease_until()
 
     def may_act(self) -> bool:
         return self._world.now() < self.lease_until()
@@ -333,6 +334,7 @@ class Participant:
         if self.lost.done():
             return
         self.lost.set_result(reason)
+        self._page = None  # from now on there is no lease
         self._stop_groups(())
         if not self._attached.done():
             self._attached.set_exception(ClusterError(reason))

@@ -18,6 +18,7 @@ from typing import Final, cast, final
 
 from corral.base.world import Connection, ConnectionHandler, Credentials, Listener
 from corral.real.stream import GREETING, Fatal, Stream, Streams
+from corral.real.turn import Turn
 
 SOCKET_MODE: Final = 0o660
 ADDRESS_MAX: Final = 107  # bytes in sun_path
@@ -33,9 +34,10 @@ log = logging.getLogger("corral.local")
 
 @final
 class RealLocal:
-    def __init__(self, loop: asyncio.AbstractEventLoop, fatal: Fatal) -> None:
+    def __init__(self, turn: Turn, fatal: Fatal) -> None:
         self.refused = 0  # connections over CONNECTIONS_MAX
-        self._loop = loop
+        self._turn = turn
+        self._loop = turn.loop
         self._fatal = fatal
         self.open_streams: Final = Streams()
         self._listeners: set[LocalListener] = set()
@@ -55,7 +57,7 @@ class RealLocal:
     async def connect(self, path: str, handler: ConnectionHandler) -> Connection:
         """Raises FileNotFoundError or ConnectionRefusedError when nobody listens, PermissionError, else OSError."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        stream = Stream(self._loop, self._fatal, self.open_streams)
+        stream = Stream(self._turn, self._fatal, self.open_streams)
         try:
             async with asyncio.timeout(GREETING_SECONDS):
                 while True:
@@ -156,7 +158,7 @@ class LocalListener:
                 os.unlink(self._path)
 
     def stream(self) -> Stream:
-        return Stream(self._local._loop, self._local._fatal, self._local.open_streams, self._established)
+        return Stream(self._local._turn, self._local._fatal, self._local.open_streams, self._established)
 
     def _established(self, stream: Stream) -> None:
         local = self._local

@@ -23,6 +23,7 @@ from corral.real.counters import Counters
 from corral.real.datagrams import RealDatagrams
 from corral.real.identity import Credentials, names_of
 from corral.real.stream import GREETING, LINGER_SECONDS, Fatal, Stream, Streams
+from corral.real.turn import Turn
 
 HANDSHAKE_SECONDS: Final = 5.0  # connect included
 HALF_OPEN_MAX: Final = 128  # handshakes under way on one listener; each costs up to 300 KiB
@@ -42,13 +43,14 @@ class RealNetwork:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        turn: Turn,
         credentials: Credentials | None,
         now: Callable[[], Instant],
         fatal: Fatal,
     ) -> None:
         self.counters: Final = Counters()
-        self._loop = loop
+        self._turn = turn
+        self._loop = turn.loop
         self._credentials = credentials
         self._now = now
         self._fatal = fatal
@@ -76,7 +78,7 @@ class RealNetwork:
 
     async def connect(self, address: str, node: NodeId, handler: ConnectionHandler) -> Connection:
         credentials = self._need_credentials()
-        stream = Stream(self._loop, self._fatal, self.open_streams)
+        stream = Stream(self._turn, self._fatal, self.open_streams)
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 sock = await self._connected(address)
@@ -285,7 +287,7 @@ class TlsListener:
     async def _handshake(self, sock: socket.socket, host: str) -> None:
         network = self._network
         stream = Stream(
-            self._loop, network._fatal, network.open_streams, lambda stream: self._established(stream, host)
+            network._turn, network._fatal, network.open_streams, lambda stream: self._established(stream, host)
         )
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):

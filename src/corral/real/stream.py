@@ -17,6 +17,7 @@ from typing import Any, Final, cast, final
 
 from corral.base.ids import NodeId
 from corral.base.world import Buffer, Connection, ConnectionHandler, Credentials
+from corral.real.turn import Turn
 from corral.wire.codec import MESSAGE_MAX
 from corral.wire.frame import HEADER
 
@@ -27,6 +28,7 @@ WRITE_MAX: Final = 256 << 10  # bytes given to the transport at once; it does no
 LINGER_SECONDS: Final = 2.0  # how long a closed stream may go on sending what was queued
 
 _LENGTH: Final = struct.Struct("<I")
+_LENGTH_AT: Final = _LENGTH.unpack_from
 # Between get_buffer and buffer_updated nothing else runs, so one buffer serves all streams. Without it uvloop allocates
 # 256 KiB for every read of a TLS stream and gives most of it back: mmap, mremap, munmap and page faults each time
 # (measured on a 100-byte echo: they are more than half of the round trip).
@@ -41,6 +43,7 @@ class Stream(asyncio.BufferedProtocol):
     """One connection. `established(stream)` is called when the transport is up (for TLS: after the handshake)."""
 
     __slots__ = (
+        "_at_turn_end",
         "_backlog",
         "_chunks",
         "_closed",
@@ -67,7 +70,7 @@ class Stream(asyncio.BufferedProtocol):
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        turn: Turn,
         fatal: Fatal,
         live: "Streams",
         established: "Callable[[Stream], None] | None" = None,
@@ -75,7 +78,8 @@ class Stream(asyncio.BufferedProtocol):
         self.node: NodeId | None = None
         self.credentials: Credentials | None = None
         self.established = established
-        self._loop = loop
+        self._loop = turn.loop
+        self._at_turn_end = turn.at_end
         self._fatal = fatal
         self._live = live
         self._handler: ConnectionHandler | None = None
@@ -117,7 +121,7 @@ class Stream(asyncio.BufferedProtocol):
         self._queued += queued
         if not self._flushing:
             self._flushing = True
-            self._loop.call_soon(self._flush)
+            self._at_turn_end(self._flush)
 
     def close(self) -> None:
         self._close("closed by this side", abort=False)
@@ -179,7 +183,11 @@ class Stream(asyncio.BufferedProtocol):
         return _READ
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(bytes(_READ[:nbytes]))
+        length: int = _LENGTH_AT(_READ)[0]
+        if length == nbytes - 4 and length <= self._limit and not self._unread and not self._closed:
+            self._deliver([bytes(_READ[4:nbytes])])  # as most reads are: one whole message
+        else:
+            self.data_received(bytes(_READ[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         if self._closed:

@@ -26,6 +26,7 @@ from corral.real.page import map_page
 from corral.real.process import RealProcesses
 from corral.real.pulse import Pulse
 from corral.real.store import RealStore
+from corral.real.turn import Turn
 from corral.real.workers import Workers
 
 STATUS_FATAL: Final = 70  # exit status after our own bug (EX_SOFTWARE)
@@ -113,8 +114,10 @@ class RealWorld:
         self._disk_workers = Workers(self._loop, "disk", THREADS)
         self._process_workers = Workers(self._loop, "process", 2)
         self._rng = Random(os.urandom(16))
-        self._network = RealNetwork(self._loop, credentials, boottime, self.fatal)
-        self._local = RealLocal(self._loop, self.fatal)
+        self._turn = Turn(self._loop)
+        self.at_turn_end: Final = self._turn.at_end
+        self._network = RealNetwork(self._turn, credentials, boottime, self.fatal)
+        self._local = RealLocal(self._turn, self.fatal)
         self._process = RealProcesses(self._loop, self._process_workers)
         if not guest:  # the loop of an application has its own idea of what escapes to it
             self._loop.set_exception_handler(self._escaped)

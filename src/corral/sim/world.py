@@ -54,6 +54,9 @@ class SimWorld:
     def call_at(self, when: Instant, fn: Callable[[], None]) -> Timer:
         return self._loop.call_at_ns(when, fn, context=self._loop.context, clock=self._clock)
 
+    def at_turn_end(self, fn: Callable[[], None]) -> None:
+        self._loop.call_soon(fn, context=self._loop.context)
+
     def spawn(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         return self._process.spawn(coroutine, name)
 

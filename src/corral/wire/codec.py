@@ -5,7 +5,7 @@ Each engine's `wire.py` declares its messages as `Struct(frozen=True, array_like
 """
 
 from collections.abc import Sequence
-from typing import Any, Final, Generic, TypeVar, Union
+from typing import Annotated, Any, Final, Generic, TypeVar, Union
 
 import msgspec
 
@@ -36,3 +36,32 @@ class Codec(Generic[M]):
             # DecodeError and ValidationError are ValueErrors, and so is text that is not UTF-8.
             raise PeerError(f"undecodable message: {error}") from None
         return message
+
+
+BATCH_MAX: Final = 64  # messages in one payload
+BATCH_BYTES: Final = 64 << 10  # of several messages; longer ones travel alone
+
+
+class Batches(Generic[M]):
+    """Several messages of one family in a payload: a MessagePack array of them, in order. What is decided together
+    leaves together, for the price of one."""
+
+    def __init__(self, types: Sequence[type[Any]]) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        message: Any = Union[tuple(types)]  # noqa: UP007
+        batch: Any = Annotated[list[message], msgspec.Meta(min_length=1, max_length=BATCH_MAX)]
+        self._codec: Codec[list[M]] = Codec((batch,))
+
+    def encode(self, messages: Sequence[M]) -> list[bytes]:
+        """As few payloads as hold them."""
+        if len(messages) > BATCH_MAX:
+            starts = range(0, len(messages), BATCH_MAX)
+            return [payload for start in starts for payload in self.encode(messages[start : start + BATCH_MAX])]
+        payload = self._encoder.encode(messages)
+        if len(payload) > BATCH_BYTES and len(messages) > 1:
+            return [self._encoder.encode((message,)) for message in messages]
+        return [payload]
+
+    def decode(self, payload: bytes | bytearray | memoryview) -> list[M]:
+        """All of them or, with one that is wrong, PeerError."""
+        return self._codec.decode(payload)

@@ -20,7 +20,7 @@ from corral.base.world import World
 from corral.dlm.engine import LockspaceEngine
 from corral.dlm.events import Blocked, ClientGone, Done, Finish, Lease, Lost, SpaceLost, Start, Stop, Submit, Waiting
 from corral.dlm.wire import CODEC
-from corral.driver import Driver
+from corral.driver import Driver, each
 from corral.providers.backends import NativeBackend
 from corral.providers.locks import LockSpace
 from corral.sim.simulation import Simulation
@@ -62,7 +62,7 @@ class Native:
         self.engine = LockspaceEngine(MemberId(node, 1, 1), "rig", warn_ns=WARN_NS)
         self._rig = rig
         self._node = node
-        self._driver: Driver[Any] = Driver(rig.world, self.engine, "rig", transmit=self._send, emit=self._emitted)
+        self._driver: Driver[Any] = Driver(rig.world, self.engine, "rig", transmit=each(self._send), emit=self._emitted)
         self._reason = ""
 
     def lease_until(self) -> Instant:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from corral.real.stream import GREETING, MESSAGE_LIMIT, Stream
+from corral.real.turn import Turn
 
 
 class Wire(asyncio.Transport):
@@ -66,7 +67,7 @@ class Rig:
         self.live: set[Stream] = set()
         self.wire = Wire()
         self.handler = Handler()
-        self.stream = Stream(self.loop, lambda error, where: self.bugs.append(error), self.live)
+        self.stream = Stream(Turn(self.loop), lambda error, where: self.bugs.append(error), self.live)
         self.stream.connection_made(self.wire)
         self.stream.accept(lambda connection: self.handler)
 
@@ -102,7 +103,11 @@ def test_the_listening_side_greets_first() -> None:
 
 def test_the_greeting_goes_before_what_the_owner_sends_on_accepting() -> None:
     async def main() -> None:
-        stream, wire, handler = Stream(asyncio.get_running_loop(), lambda error, where: None, set()), Wire(), Handler()
+        stream, wire, handler = (
+            Stream(Turn(asyncio.get_running_loop()), lambda error, where: None, set()),
+            Wire(),
+            Handler(),
+        )
         stream.connection_made(wire)
 
         def accept(connection: Any) -> Handler:
@@ -254,7 +259,7 @@ class Caller:
     def __init__(self) -> None:
         self.wire = Wire()
         self.handler = Handler()
-        self.stream = Stream(asyncio.get_running_loop(), lambda error, where: None, set())
+        self.stream = Stream(Turn(asyncio.get_running_loop()), lambda error, where: None, set())
         self.stream.connection_made(self.wire)
 
 
