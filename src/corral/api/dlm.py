@@ -209,6 +209,9 @@ class Lock(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
+    def unlock_nowait(self) -> None:
+        """The same without waiting for it to be done; nothing happens if it is not held any more."""
+
 
 class Pending(Protocol):
     """What `lock()` returns: `await` it for a Lock, or `async with` it."""

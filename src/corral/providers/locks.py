@@ -236,6 +236,9 @@ class HeldLock:
         flags = FORCEUNLOCK if value is None else FORCEUNLOCK | VALBLK  # also while a conversion of it is under way
         await self._space.complete(Request("unlock", flags=flags, lock=self._handle, value=value), self)
 
+    def unlock_nowait(self) -> None:
+        self._space.give_back(self)
+
     def _check(self, value: bytes | None = None) -> None:
         self._space.check_thread()
         if self._lost:
