@@ -19,7 +19,7 @@ from corral.base.errors import (
 )
 
 if TYPE_CHECKING:
-    from corral import sync
+    from corral import recipes, sync
     from corral.doors import connect, local
     from corral.files import open_filesystem
     from corral.node.node import Node
@@ -50,6 +50,7 @@ __all__ = [
     "connect",
     "local",
     "open_filesystem",
+    "recipes",
     "sync",
 ]
 
@@ -70,8 +71,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module("corral.doors"), name)
     elif name == "open_filesystem":
         value = importlib.import_module("corral.files").open_filesystem
-    elif name == "sync":
-        value = importlib.import_module("corral.sync")
+    elif name in ("recipes", "sync"):
+        value = importlib.import_module(f"corral.{name}")
     elif name == "Node":
         value = importlib.import_module("corral.node.node").Node
     else:

@@ -114,6 +114,15 @@ class Space:
     def name(self) -> str:
         return self._space.name
 
+    @property
+    def asynchronous(self) -> LockSpace:
+        """The same lockspace for coroutines that `call` runs."""
+        return self._space
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs it in the thread of this cluster object, and waits for it."""
+        return self._loop.call(coroutine)
+
     def lock(
         self,
         resource: bytes | str,

@@ -71,28 +71,42 @@ class Semaphore:
         return operation.kind, operation.argument
 
 
+class Entry(NamedTuple):
+    element: Any
+    taker: str | None = None
+    returned: bool = False  # was taken, and given back
+
+
 class Queue:
     """put(x), take(id) -> x, done(id): first in, first out; who took an element has it alone until `done` removes it or
-    `give_back` puts it back into its place. Every element is put once."""
+    `give_back` puts it back into its place. Every element is put once. Who looks from front to back may pass one that
+    comes back behind him, so only what was never given back must be taken in order."""
 
-    def start(self) -> tuple[tuple[Any, str | None], ...]:
+    def start(self) -> tuple[Entry, ...]:
         return ()
 
-    def step(self, state: Any, operation: Operation) -> Any:
+    def step(self, state: tuple[Entry, ...], operation: Operation) -> tuple[Entry, ...] | None:
         if operation.kind == "put":
-            return (*state, (operation.argument, None))
-        mine = next((place for place, (_, taker) in enumerate(state) if taker == operation.argument), None)
+            return (*state, Entry(operation.argument))
         if operation.kind == "take":
-            place = next((place for place, (_, taker) in enumerate(state) if taker is None), None)
-            if place is None or (operation.returned is not None and state[place][0] != operation.result):
-                return None
-            return (*state[:place], (state[place][0], operation.argument), *state[place + 1 :])
+            return self._take(state, operation)
+        mine = next((place for place, entry in enumerate(state) if entry.taker == operation.argument), None)
         if mine is None:
             return None
         if operation.kind == "done":
             return (*state[:mine], *state[mine + 1 :])
         assert operation.kind == "give_back"
-        return (*state[:mine], (state[mine][0], None), *state[mine + 1 :])
+        return (*state[:mine], Entry(state[mine].element, None, True), *state[mine + 1 :])
+
+    def _take(self, state: tuple[Entry, ...], operation: Operation) -> tuple[Entry, ...] | None:
+        """One without a return takes the first: whoever passed over an element that came back has returned."""
+        for place, entry in enumerate(state):
+            if entry.taker is None:
+                if operation.returned is None or entry.element == operation.result:
+                    return (*state[:place], entry._replace(taker=operation.argument), *state[place + 1 :])
+                if not entry.returned:
+                    return None
+        return None
 
     def same(self, operation: Operation) -> Hashable:
         return operation.kind, operation.argument

@@ -24,6 +24,8 @@ from corral.recipes.register import Register, ValueLost
 from corral.recipes.rwlock import ReadWriteLock
 from corral.recipes.semaphore import Permit, Semaphore
 
+from corral.recipes import blocking  # isort: skip  # it is about all of the others
+
 __all__ = [
     "Counter",
     "DoubleBarrier",
@@ -37,4 +39,5 @@ __all__ = [
     "Register",
     "Semaphore",
     "ValueLost",
+    "blocking",
 ]

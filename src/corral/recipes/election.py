@@ -36,15 +36,21 @@ class Leader(NamedTuple):
 
 @final
 class Leadership:
-    def __init__(self, seat: Lock, identity: bytes) -> None:
+    def __init__(self, seat: Lock, announcement: Lock, identity: bytes) -> None:
         self.identity: Final = identity
         self.token: Final = seat.token
         self._seat = seat
+        self._announcement = announcement
 
     @property
     def valid(self) -> bool:
         """False once the lease has lapsed: somebody else may lead."""
         return self._seat.valid
+
+    async def resign(self) -> None:
+        """Ends what `stand` began. Raises LockLost when it was lost before."""
+        self._announcement.unlock_nowait()
+        await self._seat.unlock()
 
 
 @final
@@ -63,13 +69,22 @@ class Election:
         """The body runs as the leader; leaving it resigns. Raises TimedOut when it is not elected in time, LockLost
         when it is lost in the body, ValueError when the identity is too long for a value block."""
         deadline = Deadline(timeout)
-        what = f"election {self.name}: waits for the leader before to go"
-        async with self._space.lock(self.name, EX, timeout=deadline.left(what)) as seat:
+        async with self._space.lock(self.name, EX, timeout=deadline.left(self._waits)) as seat:
             announcement = await self._announce(seat, deadline)
             try:
-                yield Leadership(seat, self.identity)
+                yield Leadership(seat, announcement, self.identity)
             finally:
                 announcement.unlock_nowait()
+
+    async def stand(self, *, timeout: Seconds | None = None) -> Leadership:
+        """As `lead`, without a body: it leads until it calls `resign`, and nothing but `valid` tells it of a loss."""
+        deadline = Deadline(timeout)
+        seat = await deadline.lock(self._space, self.name, self._waits)
+        try:
+            return Leadership(seat, await self._announce(seat, deadline), self.identity)
+        except BaseException:
+            seat.unlock_nowait()
+            raise
 
     async def leader(self, *, timeout: Seconds | None = None) -> Leader | None:
         """Who leads now; None when nobody does. One who is leader but has not said so yet is waited for."""
@@ -103,6 +118,10 @@ class Election:
             await asyncio.sleep(every)
 
     # --- leaves ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _waits(self) -> str:
+        return f"election {self.name}: waits for those before it to resign"
 
     async def _announce(self, seat: Lock, deadline: Deadline) -> Lock:
         what = f"election {self.name}: waits to announce itself"

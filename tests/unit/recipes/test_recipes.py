@@ -265,27 +265,31 @@ async def test_a_change_cut_off_at_any_step_is_whole_or_has_not_happened(space: 
 async def test_leaders_follow_each_other_and_observers_know_them(space: LockSpace) -> None:
     observer = recipes.Election(space, "e")
     assert await observer.leader(timeout=1) is None
-    seen: list[recipes.Leader | None] = []
+    seen: list[bytes | None] = []
+    known = {name: asyncio.Event() for name in (b"a", b"b", b"c", None)}
 
     async def observe() -> None:
         async for leader in observer.observe(every=0.002):
-            seen.append(leader)
+            seen.append(leader.identity if leader is not None else None)
+            if len(seen) > 1:
+                known[seen[-1]].set()
 
     observing = asyncio.create_task(observe())
+    await asyncio.sleep(0.01)
 
     async def lead(name: bytes) -> int:
         async with recipes.Election(space, "e", name).lead(timeout=5) as leadership:
             assert leadership.valid
             assert await observer.leader(timeout=1) == (leadership.token, name)
-            await asyncio.sleep(0.02)
+            known[None].clear()
+            await known[name].wait()
             return leadership.token
 
     tokens = await asyncio.gather(*(lead(name) for name in (b"a", b"b", b"c")))
-    await asyncio.sleep(0.05)
-    assert seen[-1] is None
+    await known[None].wait()
     observing.cancel()
     assert tokens == sorted(tokens)
-    assert [leader.identity for leader in seen if leader is not None] == [b"a", b"b", b"c"]
+    assert [name for name in seen if name is not None] == [b"a", b"b", b"c"]
 
 
 @over()
