@@ -10,7 +10,7 @@ BODY ?= mounts.shared
 SEED ?= 1
 SECONDS ?= $(if $(filter fuzz,$(MAKECMDGOALS)),60,600)
 
-.PHONY: help install check lint types floors unit test sim campaign campaign-report dlm-model plants fuzz demo interrupts soak test-compiled bench bench-diff system clean
+.PHONY: help install check lint types floors unit test sim campaign campaign-report dlm-model plants fuzz demo interrupts linear soak test-compiled bench bench-diff system clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -76,7 +76,10 @@ interrupts: $(STAMP)  ## SIGINT to the demo at MOMENTS (25) moments, with and wi
 	$(BIN)/python -m tests.integration.interrupted --moments $(MOMENTS) -- --quick --no-fuse
 	$(BIN)/python -m tests.integration.interrupted --moments $(MOMENTS) -- --quick
 
-MINUTES ?= 30
+linear: $(STAMP)  ## real clients of a cluster under kill and pause, every history checked, going on where it stopped: MINUTES=10
+	$(BIN)/python -m tests.linear.run --minutes $(MINUTES)
+
+MINUTES ?= $(if $(filter linear,$(MAKECMDGOALS)),10,30)
 soak: $(STAMP)  ## MINUTES (30) of a local cluster on saturated cores: nothing slow may be taken for dead
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)
 

@@ -175,9 +175,14 @@ class Queues(Session):
         except corral.TimedOut:
             return  # it may have had one for a moment
         self.recorder.returned(number, element.data.decode())
-        if not await self.use(number, element) or self.rng.random() < 0.1:
+        if not await self.use(number, element):
             with suppress(corral.LockLost):
                 await element.give_back()
+            return
+        if self.rng.random() < 0.1:
+            back = self.recorder.call("give_back", "k0", number)
+            await element.give_back()
+            self.recorder.returned(back)
             return
         done = self.recorder.call("done", "k0", number)
         await element.done(timeout=TIMEOUT)

@@ -49,11 +49,23 @@ def operations(lines: list[list[Any]]) -> list[Operation]:
             sure[line[1]] = line[2]
         elif line[0] == "violation":
             raise Violation(line[1])
-    ended = {operation.argument for operation in found.values() if operation.kind == "release" and operation.returned}
+    ended = {o.argument for o in found.values() if o.kind in ("release", "give_back", "done") and o.returned}
     for number, operation in list(found.items()):
         end = ENDS.get(operation.kind)
         if end is not None and number not in ended:
             since = sure.get(number, operation.called)
             found[f"{number} ends"] = Operation(operation.client, operation.key, end, number, since, None)
-    # A read or a put that nobody heard of says nothing, if it never happened; a read never does.
-    return [operation for operation in found.values() if operation.kind != "read" or operation.returned is not None]
+    return telling(found.values())
+
+
+def telling(history: Iterable[Operation]) -> list[Operation]:
+    """Without what explains nothing, of the operations that nobody heard the outcome of: a read; and a put of what
+    nobody got, for who may have had it in between (a `take` without a return) may as well have had nothing."""
+    known = list(history)
+    got = {operation.result for operation in known if operation.kind == "take" and operation.returned is not None}
+    return [
+        operation
+        for operation in known
+        if operation.returned is not None
+        or not (operation.kind == "read" or (operation.kind == "put" and operation.argument not in got))
+    ]

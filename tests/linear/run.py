@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from corral.base.errors import ClusterError
 from corral.cli import processes
 from corral.cli.layout import Layout, make
 from corral.cli.localcluster import LocalCluster
@@ -45,21 +46,18 @@ class Cluster:
         return str(self.layout.node(node).socket)
 
     def whole(self) -> None:
-        for node in NODES:
-            self.local.resume(node)
-            self.local.start(node)
-        end = time.monotonic() + PATIENCE
+        """Every node a member. One that was fenced because it stood still may end only now: it is started again."""
+        deadline = time.monotonic() + PATIENCE
         while True:
+            for node in NODES:
+                self.local.resume(node)
+                self.local.start(node)
             try:
-                self.local.wait_ready(NODES, PATIENCE)
+                self.local.wait_ready(NODES, 3.0)
                 return
-            except Exception:
-                # One that had been fenced while it was paused may have ended only now.
-                if time.monotonic() > end:
+            except ClusterError:
+                if time.monotonic() > deadline:
                     raise
-                for node in NODES:
-                    self.local.start(node)
-                time.sleep(0.2)
 
     def end(self) -> None:
         for node in NODES:

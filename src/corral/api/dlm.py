@@ -196,7 +196,13 @@ class Lock(Protocol):
         """Asked for with keep=True, idle, and guaranteed: `with` would take it again now."""
 
     async def convert(
-        self, mode: int, *, wait: bool = True, value: bytes | None = None, timeout: Seconds | None = None
+        self,
+        mode: int,
+        *,
+        wait: bool = True,
+        value: bytes | None = None,
+        timeout: Seconds | None = None,
+        flags: int = 0,
     ) -> None: ...
 
     async def unlock(self, *, value: bytes | None = None) -> None: ...

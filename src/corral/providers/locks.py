@@ -212,7 +212,13 @@ class HeldLock:
         return WouldBlock(f"{self.resource!r}: {why}; lock() waits for one")
 
     async def convert(
-        self, mode: int, *, wait: bool = True, value: bytes | None = None, timeout: Seconds | None = None
+        self,
+        mode: int,
+        *,
+        wait: bool = True,
+        value: bytes | None = None,
+        timeout: Seconds | None = None,
+        flags: int = 0,
     ) -> None:
         if not 0 <= mode <= EX:
             raise ValueError(f"{mode} is not a lock mode")
@@ -223,7 +229,7 @@ class HeldLock:
             self._check(value)
         # A conversion that would write the block unasked keeps its hands off.
         writes = VALUE_TRANSFER[self.mode + 1][mode] == WRITE
-        flags = (VALBLK if value is not None or not writes else 0) | (0 if wait else NOQUEUE)
+        flags |= (VALBLK if value is not None or not writes else 0) | (0 if wait else NOQUEUE)
         request = Request("convert", mode=mode, flags=flags, lock=self._handle, value=value, timeout_ns=timeout_ns)
         self._space.unkeep(self)  # it was kept under its old mode
         self._take(await self._space.complete(request, self), flags)

@@ -32,7 +32,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, final
 
-from corral.api.dlm import EX, NL, PR, Lock, Lockspace
+from corral.api.dlm import EX, NL, PR, QUECVT, Lock, Lockspace
 from corral.base.errors import ClusterError, LockLost, TimedOut
 from corral.base.time import Seconds
 from corral.recipes.waiting import Bell, Deadline, check_name
@@ -85,7 +85,8 @@ class Copy:
         self.wanted = False
         self.settled = False
         await self.lock.convert(NL)
-        await self.lock.convert(PR)
+        # Behind the writer: without QUECVT it would be granted at once, and the writer wait until all let go together.
+        await self.lock.convert(PR, flags=QUECVT)
         self.settled = True
         self._bell.ring()
 

@@ -53,7 +53,7 @@ def test_every_recipe_from_plain_threads() -> None:
             assert (first.data, first.valid) == (b"x", True)
             with pytest.raises(ZeroDivisionError), first:
                 raise ZeroDivisionError
-            with queue.take(timeout=5) as element:
+            with queue.take(timeout=5):
                 assert queue.length() == 1
             assert queue.try_take() is None
             with pytest.raises(corral.TimedOut, match="waits for an element"):
