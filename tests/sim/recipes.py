@@ -6,7 +6,7 @@ On each machine a worker adds to and reads counters, holds permits of a semaphor
 side by side. Between two faults the cluster and all members become whole again, so that no value loses its last member:
 then each must be as if one process had done it all.
 
-  SIM-5  the histories of counters, semaphores and queues are linearizable, also those of the dead
+  SIM-12  the histories of counters, semaphores and queues are linearizable, also those of the dead
 """
 
 import asyncio
@@ -81,7 +81,7 @@ class Records:
             try:
                 total += check(MODELS[model], telling(known.values())).operations
             except NotLinearizable as error:
-                raise Violation(f"SIM-5 {error}") from None
+                raise Violation(f"SIM-12 {error}") from None
         return total
 
 
