@@ -75,7 +75,10 @@ VALUE_SIZE: Final = 32  # default length of a value block; per lockspace a multi
 
 
 class LockInfo(msgspec.Struct, array_like=True, gc=False):
-    """One lock in the answer to a query. `lock` is its client's handle, `state` its queue (a QUEUE_* bit); -1: none."""
+    """One lock in the answer to a query. `lock` is its client's handle, `state` its queue (a QUEUE_* bit); -1: none.
+
+    Ranges are (first, last) of the granted and the requested mode; None: everything.
+    """
 
     member: MemberId
     client: int
@@ -85,6 +88,8 @@ class LockInfo(msgspec.Struct, array_like=True, gc=False):
     granted: int
     requested: int
     token: int
+    range: tuple[int, int] | None = None
+    requested_range: tuple[int, int] | None = None
 
 
 class ResourceInfo(msgspec.Struct, array_like=True, gc=False):
@@ -154,6 +159,10 @@ class Request(msgspec.Struct, array_like=True, gc=False):
     `op`: "lock" | "convert" | "unlock" | "cancel" | "purge" | "query". `lock` names the handle for the next three.
     `owner` is 0 for the default (the handle itself) or any number the client chooses (POSIX owners, transactions).
 
+    `range` is (first, last), both inclusive, 0 to 2**64 - 1: the lock is about that part of the resource only, and in
+    nobody's way elsewhere. None: everything; in a "convert" the range stays. A conversion to another range is granted
+    like one to another mode, and keeps mode and range until then.
+
     "purge" unlocks orphans: `lock` is the node where their clients died (0: this one), `owner` the dead client (0:
     every one); it completes with 0 when the unlocks have begun.
 
@@ -170,6 +179,7 @@ class Request(msgspec.Struct, array_like=True, gc=False):
     value: bytes | None = None
     owner: int = 0
     timeout_ns: int = 0  # 0: none
+    range: tuple[int, int] | None = None
 
 
 class Lock(Protocol):

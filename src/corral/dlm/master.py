@@ -11,7 +11,8 @@ from typing import final
 from corral.api.dlm import ECANCEL, EUNLOCK, IV, PR, VALBLK
 from corral.base.ids import NAME_MAX, MemberId
 from corral.base.time import Instant
-from corral.dlm.modes import EBUSY, ENOENT, ENOMEM, check_convert, check_request, check_unlock
+from corral.dlm.extent import Extent, illegal
+from corral.dlm.modes import EBUSY, EINVAL, ENOENT, ENOMEM, check_convert, check_request, check_unlock
 from corral.dlm.resource import GRANTED, QUEUED, Effects, Lock, Resource
 from corral.dlm.space import LOCKS_MAX, Space
 from corral.dlm.wire import Blocking, Cancel, Completed, Convert, Master, NotMaster, Request, Unlock
@@ -58,7 +59,7 @@ class Mastering:
             if copy.operation == message.operation and copy.answer != QUEUED:
                 self.answer(copy, copy.answer)
             return
-        error = check_request(message.name, message.mode, message.flags)
+        error = EINVAL if illegal(message.range) else check_request(message.name, message.mode, message.flags)
         if not error and copies is not None and len(copies) >= LOCKS_MAX:
             error = ENOMEM
         if error:
@@ -68,6 +69,7 @@ class Mastering:
         copy = Lock(message.lock, resource, peer, message.owner)
         copy.operation = message.operation
         copy.requested = message.mode
+        copy.wanted = message.range
         copy.flags = message.flags
         copy.value = self._block(message.flags, message.value, None)
         self.adopt(copy)
@@ -90,14 +92,15 @@ class Mastering:
             if message.operation == copy.operation and copy.answer != QUEUED:
                 self.answer(copy, copy.answer)
             return
-        error = check_convert(copy.granted, message.mode, message.flags)
+        error = EINVAL if illegal(message.range) else check_convert(copy.granted, message.mode, message.flags)
         if not error and copy.status != GRANTED:
             error = EBUSY
         if error:
-            self._refuse(peer, message.lock, message.operation, error, copy.granted)
+            self._refuse(peer, message.lock, message.operation, error, copy.granted, copy.extent)
             return
         copy.operation = message.operation
         copy.requested = message.mode
+        copy.wanted = message.range
         copy.flags = message.flags
         copy.result_flags = 0
         copy.value = self._block(message.flags, message.value, copy.value)
@@ -159,6 +162,7 @@ class Mastering:
                     value,
                     copy.value_sequence,
                     copy.current,
+                    copy.extent,
                 ),
             )
         )
@@ -173,8 +177,8 @@ class Mastering:
         self._space.copies.setdefault(copy.holder, {})[copy.id] = copy
         copy.resource.copies += 1
 
-    def _refuse(self, peer: MemberId, lock: int, operation: int, status: int, mode: int) -> None:
-        self._space.send.append((peer, Completed(lock, operation, status, 0, mode, 0, None, 0, False)))
+    def _refuse(self, peer: MemberId, lock: int, operation: int, status: int, mode: int, extent: Extent = None) -> None:
+        self._space.send.append((peer, Completed(lock, operation, status, 0, mode, 0, None, 0, False, extent)))
 
     # --- leaves ----------------------------------------------------------------------------------------------------
 

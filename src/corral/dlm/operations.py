@@ -31,6 +31,7 @@ from corral.dlm.events import (
     Blocked,
     Done,
 )
+from corral.dlm.extent import illegal
 from corral.dlm.master import Mastering
 from corral.dlm.modes import (
     EAGAIN,
@@ -195,6 +196,7 @@ class Operations:
             lock.owner,
             lock.offered,
             lookup,
+            lock.wanted,
         )
 
     def _ask(self, lock: Lock, master: MemberId) -> None:
@@ -204,7 +206,9 @@ class Operations:
         if lock.pending == REQUEST:
             send.append((master, self._request(lock, False)))
         elif lock.pending == CONVERT:
-            send.append((master, Convert(lock.id, lock.operation, lock.requested, lock.flags, lock.offered)))
+            send.append(
+                (master, Convert(lock.id, lock.operation, lock.requested, lock.flags, lock.offered, lock.wanted))
+            )
         else:
             send.append((master, Unlock(lock.id, lock.operation, lock.flags, lock.offered)))
         if lock.overlap:
@@ -409,6 +413,7 @@ class Operations:
             or (value is not None and len(value) != self.value_size)
             or (message.status == EUNLOCK) != (lock.pending == UNLOCK)
             or (message.status == 0 and message.mode == IV)
+            or illegal(message.range)
         ):
             self.space.counters.hostile += 1
             return
@@ -420,6 +425,7 @@ class Operations:
         if lock.pending != REQUEST or message.status == 0:
             if message.mode != IV:
                 lock.granted = message.mode
+                lock.extent = message.range
             lock.token = message.token or lock.token
             lock.value_sequence = message.sequence
             lock.current = message.current

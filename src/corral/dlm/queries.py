@@ -40,6 +40,7 @@ from corral.api.dlm import Request as Asked
 from corral.base.ids import NAME_MAX, MemberId
 from corral.base.time import Instant, Nanoseconds
 from corral.dlm.events import Done, Waiting
+from corral.dlm.extent import Extent, overlap
 from corral.dlm.modes import COMPATIBLE, EINVAL, ENOENT, ENOMEM
 from corral.dlm.operations import HANDLE_MAX
 from corral.dlm.orphans import Orphans
@@ -119,10 +120,12 @@ def describe(lock: Lock, queue: int, me: MemberId) -> LockInfo:
         lock.granted,
         lock.requested,
         lock.token,
+        lock.extent,
+        lock.wanted if lock.requested != IV else None,
     )
 
 
-def in_the_way(info: ResourceInfo, member: MemberId, lock_id: int, mode: int) -> list[LockInfo]:
+def in_the_way(info: ResourceInfo, member: MemberId, lock_id: int, mode: int, extent: Extent = None) -> list[LockInfo]:
     """Whom a lock that wants `mode` waits for: those whose granted modes exclude it, else those before it."""
     blockers: list[LockInfo] = []
     before: list[LockInfo] = []
@@ -130,9 +133,9 @@ def in_the_way(info: ResourceInfo, member: MemberId, lock_id: int, mode: int) ->
     for lock in info.locks:
         if lock.member == member and lock.client << 32 | lock.lock == lock_id:
             found = True
-        elif lock.state != QUEUE_WAIT and not COMPATIBLE[mode][lock.granted]:
+        elif lock.state != QUEUE_WAIT and not COMPATIBLE[mode][lock.granted] and overlap(extent, lock.range):
             blockers.append(lock)
-        elif lock.state != QUEUE_GRANT and not found:
+        elif lock.state != QUEUE_GRANT and not found and overlap(extent, lock.requested_range):
             before.append(lock)
     return (blockers or before)[:BLOCKERS_MAX]
 
@@ -345,7 +348,7 @@ class Queries(Orphans):
             or lock.abandoned
         ):
             return  # it waits no more
-        blockers = [] if info is None else in_the_way(info, self.me, lock.id, query.mode)
+        blockers = [] if info is None else in_the_way(info, self.me, lock.id, query.mode, lock.wanted)
         waits = LockWaits(query.handle, query.name, query.mode, now - query.since, blockers)
         self._give(now, Waiting(query.client, query.cookie, waits))
 

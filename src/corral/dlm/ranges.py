@@ -1,11 +1,10 @@
-"""Byte ranges: who has which bytes of a resource in which mode, and who waits for some.
+"""POSIX byte ranges: who has which bytes of a file in which mode, and who waits for some.
 
-`Ranges` is the one structure: for each owner disjoint spans with a mode, cut, joined and overwritten by `put`. Ranges
-are inclusive at both ends, 0 to 2**64 - 1. Two owners conflict where their spans overlap in incompatible modes. It
-serves two kinds of locks:
-- POSIX (fcntl): an owner is a process or an open file, a range of it is *set* to PR (read) or EX (write) or to IV
-  (unlock) whatever it was before, and ranges are joined and split so that it cannot be told how they were set.
-- VMS: an owner is one lock, which has one span in any of the six modes; a conversion replaces it.
+`Ranges` is the structure: for each owner (a process or an open file) disjoint spans with a mode, cut, joined and
+overwritten by `put`. Ranges are inclusive at both ends, 0 to 2**64 - 1. Two owners conflict where their spans overlap
+in incompatible modes. A range of an owner is *set* to PR (read) or EX (write) or to IV (unlock) whatever it was before,
+and ranges are joined and split so that it cannot be told how they were set. (A lock of a lockspace has one range and
+one of six modes: `extent.py`.)
 
 `RangeLocks` adds waiting: a request that conflicts waits, is tried again in order of arrival whenever something is
 given back, and is refused (EDEADLK) if the owner would wait for itself through others, over all resources. As in POSIX
@@ -18,13 +17,12 @@ and the waiter that it closes is refused; Linux notices when it tries that waite
 """
 
 from bisect import bisect_left
-from typing import Final, NamedTuple, TypeAlias, final
+from typing import NamedTuple, TypeAlias, final
 
 from corral.api.dlm import IV
+from corral.dlm.extent import LAST
 from corral.dlm.modes import COMPATIBLE, EAGAIN, EDEADLK, EINVAL
 from corral.dlm.resource import QUEUED
-
-LAST: Final = (1 << 64) - 1
 
 RangeEffects: TypeAlias = list[tuple[int, int]]
 
@@ -158,19 +156,6 @@ class RangeLocks:
             return EDEADLK
         self._waiting[cookie] = request
         return QUEUED
-
-    def replace(self, name: bytes, lock: int, start: int, end: int, mode: int, effects: RangeEffects) -> int:
-        """VMS: the one span of `lock` becomes this (IV: none), if nobody is in the way: 0 or -EAGAIN."""
-        if not 0 <= start <= end <= LAST or not IV <= mode < len(COMPATIBLE):
-            return EINVAL
-        held = self._held.setdefault(name, Ranges())
-        if held.blockers(lock, start, end, mode):
-            return EAGAIN
-        held.drop(lock)
-        held.put(lock, start, end, mode)
-        self._refuse_circles(name, lock, start, end, mode, effects)
-        self._retry(name, effects)
-        return 0
 
     def cancel(self, cookie: int) -> bool:
         """Whether it waited: then it does no more."""

@@ -19,15 +19,16 @@ mode and queue again, without regard to order (`Resource.recover_grant`), the ol
 
 Invariant: DLM-5 after a finished round every lock of every member is known to the one master of its resource.
 Source: features 1.5 Recovery; Linux `fs/dlm/recover.c`. Deviations: mixed PR/CW conversions (each may or may not have
-been granted) are settled to one mode for all; abandoned rounds as above.
+been granted) are settled to one mode for all, and to CR with ranges; abandoned rounds as above.
 """
 
 from typing import Final, final
 
-from corral.api.dlm import CONVDEADLK, CR, CW, DEMOTED, EUNLOCK, IV, IVVALBLK, NOQUEUE, PR
+from corral.api.dlm import CONVDEADLK, CR, CW, DEMOTED, EUNLOCK, IV, IVVALBLK, NL, NOQUEUE, PR
 from corral.base.ids import NAME_MAX, MemberId
 from corral.base.time import Instant
 from corral.base.view import Round
+from corral.dlm.extent import Extent, common, illegal, overlap, within
 from corral.dlm.master import LOCK_ID_MAX, Mastering, purge
 from corral.dlm.modes import COMPATIBLE, FLAGS_ALL, VALUE_TRANSFER, WRITE, alternative, is_down, least
 from corral.dlm.resource import NEW, QUEUED, Effects, Lock, Resource
@@ -134,7 +135,7 @@ class Recovery:
                 if lock.pending == UNLOCK and (lock.sent or lock.granted == IV):
                     effects.append((lock, EUNLOCK))
                     continue
-                if lock.pending == CONVERT and lock.sent and is_down(lock.granted, lock.requested):
+                if lock.pending == CONVERT and lock.sent and _lowers(lock):
                     _lower(lock)
                 if lock.granted != IV:
                     self._masterless.setdefault(resource.name, []).append(lock)
@@ -238,6 +239,7 @@ class Recovery:
 
     def _take_own(self, lock: Lock, record: RecoverLock) -> None:
         lock.granted = record.granted
+        lock.extent = record.range
         lock.result_flags |= _demoted(record)
         asked = lock.requested
         if record.requested == IV:
@@ -257,7 +259,7 @@ class Recovery:
             if copies is not None and record.lock in copies:
                 continue  # a round that was abandoned after we were complete
             if resource.complete:
-                if not _compatible_with_all(resource, record.granted):
+                if not _compatible_with_all(resource, record.granted, record.range):
                     space.counters.conflicts += 1
             elif resource.master != space.me:
                 # The directory told the sender before it told us.
@@ -270,6 +272,8 @@ class Recovery:
         copy = Lock(record.lock, resource, peer, record.owner)
         copy.granted = record.granted
         copy.requested = record.requested
+        copy.extent = record.range
+        copy.wanted = record.requested_range
         copy.flags = record.flags
         copy.operation = record.operation
         copy.answer = 0 if record.requested == IV else QUEUED
@@ -289,6 +293,7 @@ class Recovery:
             and IV <= record.granted <= 5
             and IV <= record.requested <= 5
             and (record.granted != IV or record.requested != IV)
+            and not (illegal(record.range) or illegal(record.requested_range))
             and not record.flags & ~FLAGS_ALL
             and 0 <= record.operation <= LOCK_ID_MAX
             and self._space.sane_token(record.token)
@@ -347,18 +352,25 @@ class Recovery:
         holders = (*resource.granted, *resource.converting)
         for at, lock in enumerate(holders):
             for other in holders[:at]:
-                if not COMPATIBLE[lock.granted][other.granted]:
+                if not COMPATIBLE[lock.granted][other.granted] and overlap(lock.extent, other.extent):
                     self._space.counters.conflicts += 1
 
 
 def _record(lock: Lock) -> RecoverLock:
     """What the new master must know of a granted lock, with the conversion it waits for if that may be queued."""
     granted = lock.granted
+    extent = lock.extent
     requested = IV
     operation = lock.operation
     if lock.pending == CONVERT and lock.sent:
         granted = least(granted, lock.requested, lock.flags)
-        if granted == IV or (not lock.flags & NOQUEUE and not is_down(lock.granted, lock.requested)):
+        if granted == IV and (extent is not None or lock.wanted is not None):
+            granted = CR  # in both; which of them others are in depends on where, so it cannot be settled for all
+        if overlap(extent, lock.wanted):
+            extent = common(extent, lock.wanted)
+        else:
+            granted = NL
+        if granted == IV or (not lock.flags & NOQUEUE and not _lowers(lock)):
             requested = lock.requested
     if lock.pending and requested == IV:
         operation -= 1  # asked again after Finish; the master must not take it for answered
@@ -374,6 +386,8 @@ def _record(lock: Lock) -> RecoverLock:
         lock.value,
         lock.value_sequence,
         lock.current and not (lock.pending == CONVERT and lock.flags & IVVALBLK),
+        extent,
+        lock.wanted if requested != IV else None,
     )
 
 
@@ -382,18 +396,28 @@ def _demoted(record: RecoverLock) -> int:
     return DEMOTED if record.requested != IV and record.flags & CONVDEADLK else 0
 
 
+def _lowers(lock: Lock) -> bool:
+    """Its conversion is one that a master always grants at once: to no more than it has."""
+    return is_down(lock.granted, lock.requested) and within(lock.wanted, lock.extent)
+
+
 def _lower(lock: Lock) -> None:
     """A lowering conversion that a lost master may or may not have done counts as done, its value as written."""
     if lock.offered is not None and VALUE_TRANSFER[lock.granted + 1][lock.requested] == WRITE:
         lock.value = lock.offered
     lock.granted = lock.requested
+    lock.extent = lock.wanted
 
 
-def _compatible_with_all(resource: Resource, mode: int) -> bool:
+def _compatible_with_all(resource: Resource, mode: int, extent: Extent) -> bool:
     if mode == IV:
         return True
     compatible = COMPATIBLE[mode]
-    return all(compatible[lock.granted] for lock in (*resource.granted, *resource.converting) if lock.granted != IV)
+    return all(
+        compatible[lock.granted] or not overlap(extent, lock.extent)
+        for lock in (*resource.granted, *resource.converting)
+        if lock.granted != IV
+    )
 
 
 def _settle_modes(resource: Resource) -> None:
@@ -413,12 +437,13 @@ def _settle_modes(resource: Resource) -> None:
 
 
 def _recover_value(resource: Resource, space: Space) -> None:
-    """A holder of more than CR kept writers out: its block is the value. Else the newest block, not to be trusted."""
+    """A holder of more than CR kept writers out: its block is the value. Else the newest block, not to be trusted.
+    (With ranges others could write elsewhere.)"""
     newest: Lock | None = None
     for lock in (*resource.granted, *resource.converting):
         if lock.value is None:
             continue
-        if lock.granted > CR and lock.current:
+        if lock.granted > CR and lock.current and not resource.ranged:
             resource.value = lock.value
             resource.value_sequence = lock.value_sequence
             resource.value_valid = True

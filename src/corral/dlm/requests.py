@@ -25,6 +25,7 @@ from corral.base.time import Instant
 from corral.dlm.events import (
     Done,
 )
+from corral.dlm.extent import illegal
 from corral.dlm.modes import (
     EBUSY,
     EEXIST,
@@ -121,7 +122,7 @@ class Requests(Queries):
         The same code decides as for `Submit`; only the ways through the inbox and out again are left out.
         """
         if asked.op == "lock":
-            if asked.value is not None:
+            if asked.value is not None or asked.range is not None:
                 return None
             lock = self.lock_now(now, client, handle, asked.resource, asked.mode, asked.flags)
             if lock is None:
@@ -151,6 +152,7 @@ class Requests(Queries):
             or len(resource.granted) != 1
             or lock.pending
             or check_convert(lock.granted, asked.mode, asked.flags)
+            or illegal(asked.range)
             or (asked.value is not None and len(asked.value) > self.value_size)
         ):
             return None
@@ -192,7 +194,7 @@ class Requests(Queries):
 
     def _lock(self, now: Instant, client: int, handle: int, cookie: int, asked: Asked) -> int:
         error = check_request(asked.resource, asked.mode, asked.flags)
-        if error or (asked.value is not None and len(asked.value) > self.value_size):
+        if error or illegal(asked.range) or (asked.value is not None and len(asked.value) > self.value_size):
             return EINVAL
         if asked.flags & ORPHAN:
             return self._adopt(now, client, handle, cookie, asked)
@@ -211,8 +213,10 @@ class Requests(Queries):
         return 0
 
     def _convert(self, now: Instant, lock: Lock, cookie: int, asked: Asked) -> int:
-        if check_convert(lock.granted, asked.mode, asked.flags) or (
-            asked.value is not None and len(asked.value) > self.value_size
+        if (
+            check_convert(lock.granted, asked.mode, asked.flags)
+            or illegal(asked.range)
+            or (asked.value is not None and len(asked.value) > self.value_size)
         ):
             return EINVAL
         if lock.pending:
@@ -265,6 +269,7 @@ class Requests(Queries):
 
     def _load(self, lock: Lock, asked: Asked) -> None:
         lock.requested = asked.mode
+        lock.wanted = lock.extent if asked.range is None else asked.range
         lock.flags = asked.flags
         lock.result_flags = 0
         lock.offered = None if asked.value is None or not asked.flags & VALBLK else self._padded(asked.value)

@@ -8,13 +8,18 @@ tells itself to give way (`_closes_cycle`). A holder in the way gets a blocking 
 Every operation returns what became of *its* lock (0, a negative status, or QUEUED) and appends what became of others
 to `effects`: pairs (lock, code), code <= 0 a completion status, code > 0 a blocking callback carrying that mode.
 
+Ranges: a lock may be about some bytes of the resource only (`extent.py`). Two locks are in each other's way only where
+they overlap, and the order of the queues is kept only among those that do; so a circle of conversions may be longer
+than two. `ranged` says that there are such locks here: without them nothing below looks at extents.
+
 Tokens: each grant takes the resource's next one, so tokens order the grants of a resource (DLM-2). The caller keeps
 `token` at or above round << 32 and above the directory's floor.
 
 Invariants: DLM-1 granted modes (those of converting locks included) are pairwise compatible. DLM-2 tokens strictly
 increase per resource. DLM-3 a lock is on exactly the queue that its status names. DLM-4 value_sequence never falls
 while the resource has a lock.
-Source: features 1.5; OpenVMS lock manager; Linux `fs/dlm/lock.c`, against whose traces this is tested. Deviations: a
+Source: features 1.5; OpenVMS lock manager; Linux `fs/dlm/lock.c`, against whose traces this is tested. Ranges: cman
+`dlm-kernel/src/locking.c`, where the queues knew no ranges (users said NOORDER). Deviations: a
 lock granted in the mode it already had leaves the convert queue (Linux leaves it there); a value block with no caller's
 buffer is zeros instead of an error.
 """
@@ -48,6 +53,7 @@ from corral.api.dlm import (
 )
 from corral.base.ids import MemberId
 from corral.base.time import FOREVER, Instant
+from corral.dlm.extent import Extent, overlap
 from corral.dlm.modes import COMPATIBLE, EAGAIN, EDEADLK, READ, VALUE_TRANSFER, WRITE, alternative
 
 QUEUED: Final = 1  # the operation waits; its completion comes as an effect of another one
@@ -82,6 +88,7 @@ class Lock:
         "cookie",
         "current",
         "deadline",
+        "extent",
         "flags",
         "granted",
         "highbast",
@@ -101,6 +108,7 @@ class Lock:
         "token",
         "value",
         "value_sequence",
+        "wanted",
     )
 
     def __init__(self, id: int, resource: "Resource", holder: MemberId | None, owner: int) -> None:
@@ -112,6 +120,8 @@ class Lock:
         self.status = NEW
         self.granted = IV
         self.requested = IV
+        self.extent: Extent = None  # of the granted mode
+        self.wanted: Extent = None  # of the requested one
         self.flags = 0
         self.result_flags = 0
         self.highbast = NL
@@ -151,6 +161,7 @@ class Resource:
         "master",
         "name",
         "processes",
+        "ranged",
         "recover_grant",
         "token",
         "value",
@@ -170,6 +181,7 @@ class Resource:
         self.value_valid = True
         self.token = 0
         self.recover_grant = False
+        self.ranged = False  # a lock here has a range, or had since the resource was last unused
         # The engine's:
         self.complete = False  # I am the master and every holder's locks are here
         self.confirmed = False  # `master` was agreed on outside recovery, or the round that chose it has finished
@@ -181,6 +193,8 @@ class Resource:
 
     def request(self, lock: Lock, effects: Effects) -> int:
         """A new lock with `requested` and `flags` set: granted, queued or refused."""
+        if lock.wanted is not None:
+            self.ranged = True
         if self._try(lock, True) == _YES:
             self._grant(lock)
             return 0
@@ -196,6 +210,8 @@ class Resource:
     def convert(self, lock: Lock, effects: Effects) -> int:
         """A granted lock with `requested` and `flags` set."""
         assert lock.status == GRANTED, "DLM-3"
+        if lock.wanted is not None:
+            self.ranged = True
         verdict = self._try(lock, True)
         if verdict == _NO and lock.result_flags & DEMOTED:
             # Demoting myself may have made others grantable: they were here first.
@@ -259,9 +275,12 @@ class Resource:
         if not (self.granted or self.converting or self.waiting):
             self.value = None  # a value lives as long as somebody has a lock, NL is enough
             self.value_sequence = 0
+            self.ranged = False
 
     def install(self, lock: Lock) -> None:
         """Recovery: takes over a lock with the mode its holder knows; `requested` other than IV: it is converting."""
+        if lock.extent is not None or lock.wanted is not None:
+            self.ranged = True
         if lock.requested == IV:
             lock.status = GRANTED
             self.granted.append(lock)
@@ -339,12 +358,29 @@ class Resource:
                 concurrent_write = concurrent_write or lock.requested == CW
         if high == IV:
             return
+        if self.ranged:
+            self._call_overlapping(effects)
+            return
         for holder in self.granted:
             if not _must_be_told(holder, high, concurrent_write):
                 continue
             told = CW if concurrent_write and high == PR and holder.granted == PR else high
             effects.append((holder, told))
             holder.highbast = high
+
+    def _call_overlapping(self, effects: Effects) -> None:
+        """As the end of `grant_pending`, each holder hearing only of those that want some of what it has."""
+        stuck = [lock for lock in self.converting if self._closes_cycle(lock)]
+        asking = [lock for lock in (*self.converting, *self.waiting) if lock not in stuck]
+        for holder in self.granted:
+            modes = [lock.requested for lock in asking if overlap(lock.wanted, holder.extent)]
+            if not modes:
+                continue
+            high = max(modes)
+            if _must_be_told(holder, high, CW in modes):
+                told = CW if CW in modes and high == PR and holder.granted == PR else high
+                effects.append((holder, told))
+                holder.highbast = high
 
     def _grant_converting(self, effects: Effects) -> None:
         """Tries every conversion, from the front again after each round that granted or demoted one."""
@@ -399,29 +435,53 @@ class Resource:
             return True
         compatible = COMPATIBLE[lock.requested]
         for other in self.granted:
-            if not compatible[other.granted] and other is not lock:
+            if (
+                not compatible[other.granted]
+                and other is not lock
+                and not (self.ranged and not overlap(lock.wanted, other.extent))
+            ):
                 return False
         converting = self.converting
         for other in converting:
-            if not compatible[other.granted] and other is not lock:
+            if (
+                not compatible[other.granted]
+                and other is not lock
+                and not (self.ranged and not overlap(lock.wanted, other.extent))
+            ):
                 return False
         if lock.granted != IV:
             if unordered:
                 return True
             if now:
-                return not (flags & QUECVT and converting)
-            return bool(flags & NOORDER) or converting[0] is lock
+                return not (flags & QUECVT and converting) or not self._is_behind(lock, converting)
+            return bool(flags & NOORDER) or converting[0] is lock or not self._is_behind(lock, converting)
         if flags & NOORDER:
             return True
-        if converting:
+        if converting and self._is_behind(lock, converting):
             return False
-        return not self.waiting if now else self.waiting[0] is lock
+        waiting = self.waiting
+        if now:
+            return not waiting or not self._is_behind(lock, waiting)
+        return waiting[0] is lock or not self._is_behind(lock, waiting)
+
+    def _is_behind(self, lock: Lock, queue: list[Lock]) -> bool:
+        """Somebody who came before wants some of the same. (It is asked when there is somebody before.)"""
+        if not self.ranged:
+            return True
+        for other in queue:
+            if other is lock:
+                return False
+            if overlap(other.wanted, lock.wanted):
+                return True
+        return False
 
     def _closes_cycle(self, lock: Lock) -> bool:
         """Conversion deadlock: somebody ahead of `lock` waits for what it holds, or somebody behind and it do mutually.
 
         A lock that is not queued yet would stand behind everybody.
         """
+        if self.ranged:
+            return self._closes_circle(lock)
         ahead = True
         mine = COMPATIBLE[lock.granted]
         for other in self.converting:
@@ -429,6 +489,25 @@ class Resource:
                 ahead = False
             elif not mine[other.requested] and (ahead or not COMPATIBLE[other.granted][lock.requested]):
                 return True
+        return False
+
+    def _closes_circle(self, lock: Lock) -> bool:
+        """With ranges: `lock` would wait for somebody who, directly or through others, waits for it."""
+        queue = self.converting if lock.status == CONVERTING else [*self.converting, lock]
+        seen = [lock]
+        ahead = [lock]
+        while ahead:
+            asking = ahead.pop()
+            before = True  # `other` is before `asking`
+            for other in queue:
+                if other is asking:
+                    before = False
+                elif _in_the_way(other, asking) or (before and overlap(other.wanted, asking.wanted)):
+                    if other is lock:
+                        return True
+                    if other not in seen:
+                        seen.append(other)
+                        ahead.append(other)
         return False
 
     # --- leaves ----------------------------------------------------------------------------------------------------
@@ -446,6 +525,10 @@ class Resource:
             self.granted.append(lock)
         lock.granted = lock.requested
         lock.requested = IV
+        if self.ranged:
+            if lock.extent is not None and lock.value_sequence != self.value_sequence:
+                lock.current = False  # elsewhere others could write meanwhile
+            lock.extent = lock.wanted
         lock.highbast = NL
         token = self.token + 1
         self.token = token
@@ -462,7 +545,7 @@ class Resource:
         mode = asking.requested
         compatible = COMPATIBLE[mode]
         for holder in queue:
-            if holder is asking or compatible[holder.granted]:
+            if holder is asking or compatible[holder.granted] or not overlap(asking.wanted, holder.extent):
                 continue
             # PR and CW are in each other's way though neither is higher: only an EX callback makes it superfluous.
             inverse = (holder.granted == PR and mode == CW) or (holder.granted == CW and mode == PR)
@@ -516,4 +599,8 @@ def _must_be_told(holder: Lock, high: int, concurrent_write: bool) -> bool:
 
 
 def _in_the_way(holder: Lock, asking: Lock) -> bool:
-    return holder is not asking and not COMPATIBLE[asking.requested][holder.granted]
+    return (
+        holder is not asking
+        and not COMPATIBLE[asking.requested][holder.granted]
+        and overlap(asking.wanted, holder.extent)
+    )

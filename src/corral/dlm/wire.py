@@ -25,6 +25,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=1):
     owner: int
     value: bytes | None
     lookup: bool
+    range: tuple[int, int] | None = None
 
 
 class Convert(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2):
@@ -33,6 +34,7 @@ class Convert(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2):
     mode: int
     flags: int
     value: bytes | None
+    range: tuple[int, int] | None = None
 
 
 class Unlock(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=3):
@@ -63,6 +65,7 @@ class Completed(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=5):
     value: bytes | None
     sequence: int
     current: bool
+    range: tuple[int, int] | None = None
 
 
 class Blocking(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=6):
@@ -125,6 +128,8 @@ class RecoverLock(msgspec.Struct, frozen=True, array_like=True, gc=False):
     value: bytes | None
     sequence: int
     current: bool
+    range: tuple[int, int] | None = None
+    requested_range: tuple[int, int] | None = None
 
 
 class RecoverLocks(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=13):

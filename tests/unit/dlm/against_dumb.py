@@ -28,6 +28,7 @@ from corral.dlm.events import Blocked, Done, Waiting
 RECORD = Path("campaign/dlm-model.json")
 LENGTH = 70  # operations in a story
 SIZE = 8
+WIDTH = 6  # bytes of a resource that ranges are drawn from
 SLOW = 40 * MILLISECOND
 FAR = 1 << 60  # nothing is tossed: a resource's validity would go with it
 RESOURCES = (b"a", b"b")
@@ -48,6 +49,7 @@ def story(seed: int) -> list[Operation]:
     rng = Random(seed)
     weights = {flag: rng.choice((0.02, 0.1, 0.3)) for flag in FLAGS}
     cancels = rng.random() < 0.3
+    ranged = rng.choice((0.0, 0.0, 0.4, 0.8))
 
     def some(flags: Sequence[str]) -> frozenset[str]:
         chosen = {flag for flag in flags if rng.random() < weights[flag]}
@@ -61,6 +63,12 @@ def story(seed: int) -> list[Operation]:
     def timeout() -> int:
         return rng.randrange(1, 100 * MILLISECOND) if rng.random() < 0.2 else 0
 
+    def span() -> tuple[int, int] | None:
+        if rng.random() >= ranged:
+            return None
+        first = rng.randrange(WIDTH)
+        return first, rng.randrange(first, WIDTH)
+
     operations: list[Operation] = []
     for _ in range(LENGTH):
         client, handle, mode = rng.randrange(1, 5), rng.randrange(1, 5), rng.choice(ORDER)
@@ -70,10 +78,10 @@ def story(seed: int) -> list[Operation]:
             flags = some([*USUAL, *(["ORPHAN"] if rng.random() < 0.5 else ())])
             if mode == "NL" and rng.random() < 0.2:
                 flags |= {"EXPEDITE"}
-            operations.append(("lock", client, handle, name, mode, flags, value(), timeout()))
+            operations.append(("lock", client, handle, name, mode, flags, value(), timeout(), span()))
         elif choice < 0.68:
             flags = some([*USUAL, "QUECVT", "CONVDEADLK"])
-            operations.append(("convert", client, handle, mode, flags, value(), timeout()))
+            operations.append(("convert", client, handle, mode, flags, value(), timeout(), span()))
         elif choice < 0.82:
             flags = some(["VALBLK", "IVVALBLK", "FORCEUNLOCK"])
             operations.append(("unlock", client, handle, flags, value()))
@@ -129,18 +137,38 @@ class Both:
         self.members.cookie = self.cookie - 1
         self.members.submit(self.node_of(client), client, handle, request)
 
-    def lock(self, slot: int, handle: int, name: bytes, mode: str, flags: frozenset[str], value: Any, ns: int) -> None:
+    def lock(
+        self,
+        slot: int,
+        handle: int,
+        name: bytes,
+        mode: str,
+        flags: frozenset[str],
+        value: Any,
+        ns: int,
+        span: tuple[int, int] | None = None,
+    ) -> None:
         client = self.client(slot)
         ns = self.unlike_any(ns)
-        self.submit(client, handle, Request("lock", name, ORDER.index(mode), bits(flags), value=value, timeout_ns=ns))
-        self.dumb.lock(client, handle, self.cookie, name, mode, flags, value, ns)
-
-    def convert(self, slot: int, handle: int, mode: str, flags: frozenset[str], value: Any, ns: int) -> None:
-        client = self.client(slot)
-        ns = self.unlike_any(ns)
-        asked = Request("convert", mode=ORDER.index(mode), flags=bits(flags), value=value, timeout_ns=ns)
+        asked = Request("lock", name, ORDER.index(mode), bits(flags), value=value, timeout_ns=ns, range=span)
         self.submit(client, handle, asked)
-        self.dumb.convert(client, handle, self.cookie, mode, flags, value, ns)
+        self.dumb.lock(client, handle, self.cookie, name, mode, flags, value, ns, span)
+
+    def convert(
+        self,
+        slot: int,
+        handle: int,
+        mode: str,
+        flags: frozenset[str],
+        value: Any,
+        ns: int,
+        span: tuple[int, int] | None = None,
+    ) -> None:
+        client = self.client(slot)
+        ns = self.unlike_any(ns)
+        asked = Request("convert", mode=ORDER.index(mode), flags=bits(flags), value=value, timeout_ns=ns, range=span)
+        self.submit(client, handle, asked)
+        self.dumb.convert(client, handle, self.cookie, mode, flags, value, ns, span)
 
     def unlock(self, slot: int, handle: int, flags: frozenset[str], value: Any) -> None:
         client = self.client(slot)
@@ -213,6 +241,9 @@ class Both:
                 assert got[1:] == expected[1:], f"queues of {name!r}: {got} for {expected}"
                 held = {self.of(lock): None if lock.granted < 0 else ORDER[lock.granted] for q in queues for lock in q}
                 assert held == modes, f"modes of {name!r}: {held} for {modes}"
+                extents = {self.of(lock): lock.extent for q in queues for lock in q}
+                spans = {self.address(number): lock["range"] for number, lock in dumb.locks.items()}
+                assert extents == spans, f"ranges of {name!r}: {extents} for {spans}"
                 assert (resource.value, resource.value_valid) == (dumb.value, dumb.valid), f"value of {name!r}"
 
     def address(self, number: int) -> tuple[int, int]:

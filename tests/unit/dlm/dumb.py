@@ -28,8 +28,14 @@ def clash(one, other):
     return other in EXCLUDES[one].split()
 
 
+def meet(one, other):
+    """Ranges as sets of bytes; None is everything."""
+    return one is None or other is None or bool(set(range(one[0], one[1] + 1)) & set(range(other[0], other[1] + 1)))
+
+
 class Dumb:
     def __init__(self):
+        self.ranged = False  # somebody named a range since the resource was last unused
         self.locks = {}  # id -> lock, in order of creation
         self.granted, self.converting, self.waiting = [], [], []
         self.value, self.valid = None, True
@@ -37,8 +43,10 @@ class Dumb:
 
     # operations: each returns what was said, as (id, what, ...)
 
-    def lock(self, id, mode, flags, block):
+    def lock(self, id, mode, flags, block, wants=None):
         lock = {"id": id, "mode": None, "asks": mode, "flags": flags, "out": set(), "bast": "NL", "block": block}
+        lock.update(range=None, wants=wants)
+        self.ranged = self.ranged or wants is not None
         self.locks[id] = lock
         if self.may(lock, now=True):
             self.grant(lock, say=True)
@@ -52,9 +60,10 @@ class Dumb:
             self.tell(self.granted, lock)
         return self.heard()
 
-    def convert(self, id, mode, flags, block):
+    def convert(self, id, mode, flags, block, wants=None):
         lock = self.locks[id]
-        lock.update(asks=mode, flags=flags, out=set())
+        lock.update(asks=mode, flags=flags, out=set(), wants=wants or lock["range"])
+        self.ranged = self.ranged or wants is not None
         if block is not None:
             lock["block"] = block
         outcome = self.may(lock, now=True)
@@ -90,6 +99,7 @@ class Dumb:
                 queue.remove(lock)
         if not self.locks:
             self.value = None
+            self.ranged = False
         lock["out"] = set()
         self.say(lock, "EUNLOCK")
         self.grant_pass()
@@ -118,16 +128,21 @@ class Dumb:
         if "EXPEDITE" in lock["flags"]:
             return True
         for other in self.granted + self.converting:
-            if other is not lock and clash(other["mode"], lock["asks"]):
+            if other is not lock and self.hinders(other, lock):
                 return False
         if lock["mode"] is not None:
             if now:
-                return "QUECVT" not in lock["flags"] or not self.converting
-            return "NOORDER" in lock["flags"] or self.converting[0] is lock
-        if "NOORDER" in lock["flags"]:
-            return True
-        ahead = self.converting + ([] if now and not self.waiting else self.waiting)
-        return not ahead or ahead[0] is lock
+                return "QUECVT" not in lock["flags"] or not self.ahead(self.converting, lock)
+            return "NOORDER" in lock["flags"] or not self.ahead(self.converting, lock)
+        return "NOORDER" in lock["flags"] or not self.ahead(self.converting + self.waiting, lock)
+
+    def hinders(self, holder, lock):
+        return clash(holder["mode"], lock["asks"]) and meet(holder["range"], lock["wants"])
+
+    def ahead(self, queue, lock):
+        """Those before it, or all if it is not queued, that want some of the same."""
+        before = queue[: queue.index(lock)] if lock in queue else queue
+        return [other for other in before if meet(other["wants"], lock["wants"])]
 
     def may(self, lock, now):
         if self.fits(lock, now):
@@ -150,6 +165,8 @@ class Dumb:
         return False
 
     def cycle(self, lock):
+        if self.ranged:
+            return lock in self.waited_for(lock)
         here = self.converting.index(lock) if lock in self.converting else len(self.converting)
         for place, other in enumerate(self.converting):
             if other is lock:
@@ -159,6 +176,19 @@ class Dumb:
             if blocks and (place < here or blocked):
                 return True
         return False
+
+    def waited_for(self, lock):
+        """Everybody for whom a conversion waits, directly or through other conversions."""
+        queue = self.converting + [lock] * (lock not in self.converting)
+        found, news = [], [lock]
+        while news:
+            asking = news.pop()
+            for other in queue:
+                waits = other is not asking and self.hinders(other, asking)
+                if (waits or other in self.ahead(queue, asking)) and other not in found:
+                    found.append(other)
+                    news.append(other)
+        return found
 
     def grant(self, lock, say):
         was = lock["mode"] or "new"
@@ -176,7 +206,7 @@ class Dumb:
         for queue in (self.granted, self.converting, self.waiting):
             if lock in queue:
                 queue.remove(lock)
-        lock.update(mode=lock["asks"], bast="NL")
+        lock.update(mode=lock["asks"], range=lock["wants"], bast="NL")
         self.granted.append(lock)
         self.say(lock, "OK")
 
@@ -204,12 +234,12 @@ class Dumb:
         for lock in list(self.waiting):
             if self.may(lock, now=False) is True:
                 self.grant(lock, say=True)
-        blocked = [lock["asks"] for lock in self.converting if not self.cycle(lock)]
-        blocked += [lock["asks"] for lock in self.waiting]
-        if not blocked:
-            return
-        high = max(blocked, key=ORDER.index)
+        asking = [lock for lock in self.converting if not self.cycle(lock)] + self.waiting
         for holder in self.granted:
+            blocked = [lock["asks"] for lock in asking if meet(lock["wants"], holder["range"])]
+            if not blocked:
+                continue
+            high = max(blocked, key=ORDER.index)
             if holder["mode"] == "PR" and "CW" in blocked:
                 told = holder["bast"] != "EX"
             else:
@@ -229,7 +259,7 @@ class Dumb:
 
     def tell(self, holders, asking):
         for holder in holders:
-            if holder is asking or not clash(holder["mode"], asking["asks"]):
+            if holder is asking or not self.hinders(holder, asking):
                 continue
             ends = "EX" if {holder["mode"], asking["asks"]} == {"PR", "CW"} else asking["asks"]
             if self.lower(holder["bast"], ends):
@@ -267,7 +297,7 @@ class DumbSpace:
 
     # what clients ask
 
-    def lock(self, client, handle, cookie, name, mode, flags, value, timeout):
+    def lock(self, client, handle, cookie, name, mode, flags, value, timeout, wants):
         wrong = flags - self.LOCK or ("EXPEDITE" in flags and (mode != "NL" or "NOQUEUE" in flags))
         if wrong:
             return self.refuse(client, handle, cookie, "EINVAL")
@@ -280,9 +310,9 @@ class DumbSpace:
         self.entries[self.number] = entry
         self.begin(entry, "lock", cookie, flags, timeout)
         block = self.pad(value or b"") if "VALBLK" in flags else None
-        return self.tell(self.resource(name).lock(self.number, mode, flags, block))
+        return self.tell(self.resource(name).lock(self.number, mode, flags, block, wants))
 
-    def convert(self, client, handle, cookie, mode, flags, value, timeout):
+    def convert(self, client, handle, cookie, mode, flags, value, timeout, wants):
         entry = self.find(client, handle)
         if not entry:
             return self.refuse(client, handle, cookie, "ENOENT")
@@ -295,9 +325,8 @@ class DumbSpace:
         if entry["pending"]:
             return self.refuse(client, handle, cookie, "EBUSY")
         self.begin(entry, "convert", cookie, flags, timeout)
-        return self.tell(
-            self.resource(entry["name"]).convert(entry["number"], mode, flags, self.block(entry, flags, value))
-        )
+        block = self.block(entry, flags, value)
+        return self.tell(self.resource(entry["name"]).convert(entry["number"], mode, flags, block, wants))
 
     def unlock(self, client, handle, cookie, flags, value):
         if "CANCEL" in flags:

@@ -55,8 +55,33 @@ def write_from_a_reader(patch):
     patch.setattr(Resource, "unlock", planted)
 
 
+def forget_ranges(patch):
+    patch.setattr(resource, "overlap", lambda one, other: True)
+
+
+def overtake_whoever_overlaps(patch):
+    patch.setattr(Resource, "_is_behind", lambda self, lock, queue: not self.ranged)
+
+
+def look_for_circles_of_two(patch):
+    """As without ranges, where the order of the queue lets no longer one come about."""
+
+    def planted(self, lock):
+        self.ranged = False
+        try:
+            return Resource._closes_cycle(self, lock)
+        finally:
+            self.ranged = True
+
+    patch.setattr(Resource, "_closes_circle", planted)
+
+
+PLANTS = [forget_noorder, tell_twice, write_from_a_reader]
+PLANTS += [forget_ranges, overtake_whoever_overlaps, look_for_circles_of_two]
+
+
 @pytest.mark.interpreted
-@pytest.mark.parametrize("plant", [forget_noorder, tell_twice, write_from_a_reader], ids=lambda plant: plant.__name__)
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
 def test_a_wrong_rule_is_found_and_the_story_of_it_is_short(plant, monkeypatch):
     plant(monkeypatch)
     failing = next(seed for seed in range(200) if difference(story(seed), 1))

@@ -153,20 +153,6 @@ def test_the_ends_of_the_world():
         assert RangeLocks().set(b"x", 1, start, end, EX, 1, True, []) == -errno.EINVAL
 
 
-def test_a_vms_lock_has_one_range_and_six_modes():
-    locks, effects = RangeLocks(), []
-    assert locks.replace(b"x", 1, 0, 9, PW, effects) == 0
-    assert locks.replace(b"x", 2, 5, 15, CR, effects) == 0, "PW lets CR read"
-    assert locks.replace(b"x", 3, 0, 4, PR, effects) == -errno.EAGAIN
-    assert locks.replace(b"x", 3, 10, 20, CW, effects) == 0
-    assert locks.replace(b"x", 2, 5, 15, PR, effects) == -errno.EAGAIN
-    assert locks.of(b"x", 2) == (Span(5, 15, CR),), "what is refused changes nothing"
-    assert locks.replace(b"x", 1, 30, 40, EX, effects) == 0
-    assert locks.of(b"x", 1) == (Span(30, 40, EX),), "a conversion may move the range"
-    assert locks.replace(b"x", 1, 0, LAST, IV, effects) == 0
-    assert locks.of(b"x", 1) == ()
-
-
 def test_a_circle_over_two_files_is_refused_and_the_message_of_who_is_in_the_way_is_right():
     locks, effects = RangeLocks(), []
     assert locks.set(b"x", 1, 0, 9, EX, 1, True, effects) == 0
