@@ -10,7 +10,7 @@ BODY ?= mounts.shared
 SEED ?= 1
 SECONDS ?= $(if $(filter fuzz,$(MAKECMDGOALS)),60,600)
 
-.PHONY: help install check lint types floors unit test sim campaign campaign-report dlm-model plants fuzz demo interrupts linear soak test-compiled bench bench-diff system clean
+.PHONY: help install check lint types floors unit test sim campaign campaign-report dlm-model plants fuzz demo interrupts linear soak test-compiled bench bench-dlm bench-diff system clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -84,10 +84,14 @@ soak: $(STAMP)  ## MINUTES (30) of a local cluster on saturated cores: nothing s
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)
 
 bench: $(STAMP)  ## what it costs: locks, recovery, files; one table, results in bench/results
+	$(BIN)/python -m bench.dlm
 	$(BIN)/python -m bench.locks
 	$(BIN)/python -m bench.recovery
 	$(BIN)/python -m bench.files
 	$(BIN)/python -m bench.report
+
+bench-dlm: $(STAMP)  ## what the lock engine costs, interpreted and compiled, beside one with nothing but locks
+	$(BIN)/python -m bench.dlm
 
 bench-diff: $(STAMP)  ## the results in bench/results against the committed ones
 	@$(BIN)/python -m bench.report --diff

@@ -27,7 +27,7 @@ from corral.cli.layout import Layout
 
 RESULTS = Path(__file__).parent / "results"
 HERTZ = os.sysconf("SC_CLK_TCK")
-LESS_IS_BETTER = ("µs", "ms", "s")
+LESS_IS_BETTER = ("µs", "ms", "s", "bytes")
 
 
 # --- the cluster -----------------------------------------------------------------------------------------------------

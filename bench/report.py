@@ -12,7 +12,7 @@ from typing import Any
 from bench.common import HEADING, LESS_IS_BETTER, RESULTS, line
 
 NOTABLE = 1.1  # times better or worse; less is noise on a shared machine
-BENCHES = ("locks", "recovery", "files")
+BENCHES = ("dlm", "locks", "recovery", "files")
 
 
 def committed(path: Path, revision: str) -> dict[str, Any] | None:
