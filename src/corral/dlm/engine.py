@@ -13,8 +13,8 @@ Invariants: DLM-1 and DLM-2 (`resource.py`), DLM-5 (`recovery.py`); DLM-6 while 
 (but that of a timeout) or blocking callback leaves, local or remote; DLM-7 every request has exactly one completion,
 unless its client is gone.
 Files: `requests.py`, `queries.py`, `orphans.py` and `operations.py` the holder's side, which this class completes;
-`resource.py` the rules, `space.py` tables, `master.py` what peers ask, `recovery.py` rounds, `wire.py` the messages,
-`events.py` what goes in and out.
+`resource.py` the rules, `space.py` and `tables.py` what there is, `master.py` what peers ask, `recovery.py` rounds,
+`wire.py` the messages, `events.py` what goes in and out.
 Source: features 1.5; Linux `fs/dlm`. Deviations: a force unlock is one operation that overtakes the pending one; one
 message type answers all operations; timeouts are the holder's business, a remote one is a Cancel.
 """
@@ -43,7 +43,7 @@ from corral.dlm.events import (
 from corral.dlm.operations import LOST, RECOVERING, RUNNING, STOPPED
 from corral.dlm.recovery import DONE, STAGE_NAMES, Recovery
 from corral.dlm.requests import Requests
-from corral.dlm.resource import Effects
+from corral.dlm.resource import NOBODY, Effects
 from corral.dlm.space import FROZEN_MAX, TOSS_NS, Counters
 from corral.dlm.wire import (
     Blocking,
@@ -203,7 +203,7 @@ class LockspaceEngine(Requests):
         self._lapsed = False
         space = self.space
         effects: Effects = []
-        for name, resource in sorted(space.resources.items()):
+        for resource in space.resources.in_order():
             if resource.master is not None:
                 resource.confirmed = True
             if not resource.complete:
@@ -218,13 +218,10 @@ class LockspaceEngine(Requests):
                 resource.grant_pending(effects)
                 if resource.recover_grant:
                     resource.refuse_unqueued(effects)
-            if not resource.processes and not resource.copies and name not in space.tossed:
+            if resource.unused:
                 space.toss(now, resource)
         unanswered = dict.fromkeys(
-            lock.id
-            for _, locks in sorted(space.clients.items())
-            for _, lock in sorted(locks.items())
-            if lock.pending and lock.id not in self._deferred
+            lock.id for lock in space.locks.in_order() if lock.pending and lock.id not in self._deferred
         )
         self._purges_again()
         self._queries_again()
@@ -260,12 +257,10 @@ class LockspaceEngine(Requests):
         self._purges.clear()
         self._queries.clear()
         self._watched.clear()
-        for resource in self.space.resources.values():
-            resource.granted.clear()
-            resource.converting.clear()
-            resource.waiting.clear()
+        for resource in self.space.resources.in_order():
+            resource.granted = resource.converting = resource.waiting = NOBODY
         self.space.resources.clear()
-        self.space.clients.clear()
+        self.space.locks.clear()
         self.space.adopted.clear()
         self.space.copies.clear()
         self.space.tossed.clear()

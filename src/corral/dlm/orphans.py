@@ -25,8 +25,6 @@ from corral.dlm.wire import Purge, Purged
 
 CLIENT_MAX: Final = 0x7FFFFFFE
 
-_NO_LOCKS: dict[int, Lock] = {}
-
 
 @final
 class PurgeAsked:
@@ -62,7 +60,7 @@ class Orphans(Operations):
     def _client_gone(self, now: Instant, client: int) -> None:
         stays: list[Lock] = []
         goes: list[Lock] = []
-        for _, lock in sorted(self.space.clients.get(client, _NO_LOCKS).items()):
+        for lock in self.space.locks.of(client):
             if lock.abandoned:
                 continue  # an orphan, or one that ends already
             lock.abandoned = True  # all of them before the first ends: the dead hear nothing
@@ -91,7 +89,7 @@ class Orphans(Operations):
         """0; -ENOENT: there is no orphan of that name here; -EAGAIN: only in other modes."""
         if not (0 <= client <= CLIENT_MAX and 0 < handle <= HANDLE_MAX):
             return EINVAL
-        if handle in self.space.clients.get(client, _NO_LOCKS):
+        if self.space.locks.get(client << 32 | handle) is not None:
             return EEXIST
         orphans = self._orphans.get(asked.resource, [])
         for lock in orphans:
@@ -176,6 +174,6 @@ class Orphans(Operations):
                     self._end(now, lock, 0, None, 0)
         for client in sorted(self.space.gone):
             if whose in (0, client):
-                for _, lock in sorted(self.space.clients.get(client, _NO_LOCKS).items()):
+                for lock in self.space.locks.of(client):
                     if lock.pending != UNLOCK and lock.then is None:
                         self._end(now, lock, 0, None, 0)  # would be an orphan once its operation is cancelled

@@ -198,7 +198,7 @@ class Queries(Orphans):
         if illegal(bits) or len(name) > NAME_MAX or asked.owner < 0:
             return EINVAL
         if not name:
-            lock = self.space.clients.get(client, {}).get(handle)
+            lock = self.space.locks.get(client << 32 | handle)
             if lock is None or lock.abandoned:
                 return ENOENT
             name = lock.resource.name
@@ -228,11 +228,10 @@ class Queries(Orphans):
         if resource.complete:
             return report(resource, self.me, query.bits, query.mode, query.limit)
         known = Resource(query.name, resource.master)
-        for _, locks in sorted(self.space.clients.items()):
-            for _, lock in sorted(locks.items()):
-                if lock.resource is resource:
-                    queue = known.waiting if lock.granted == IV else known.converting if lock.pending else known.granted
-                    queue.append(lock)
+        mine = [lock for lock in self.space.locks.in_order() if lock.resource is resource]
+        known.waiting = [lock for lock in mine if lock.granted == IV]
+        known.converting = [lock for lock in mine if lock.granted != IV and lock.pending]
+        known.granted = [lock for lock in mine if lock.granted != IV and not lock.pending]
         return report(known, self.me, query.bits, query.mode, query.limit)
 
     def _queries_again(self) -> None:
@@ -255,7 +254,7 @@ class Queries(Orphans):
         else:
             node: MemberId | None = self.space.directory_of(query.name)
             if node == self.me:
-                node = self.space.directory.get(query.name)
+                node = self.space.master_of(query.name)
             if node is None or node == self.me:
                 self._end_query(now, number, ENOENT, None)
             else:
@@ -279,7 +278,7 @@ class Queries(Orphans):
             limit = max(0, min(message.limit, QUERY_MAX))
             status, info = report(resource, self.me, message.bits, message.mode, limit)
         elif space.directory_of(name) == self.me:
-            master = space.directory.get(name)
+            master = space.master_of(name)
         space.send.append((peer, Queried(message.number, status, info, master if master != self.me else None)))
 
     def _queried(self, now: Instant, peer: MemberId, message: Queried) -> None:

@@ -31,7 +31,7 @@ from corral.base.view import Round
 from corral.dlm.extent import Extent, common, illegal, overlap, within
 from corral.dlm.master import LOCK_ID_MAX, Mastering, purge
 from corral.dlm.modes import COMPATIBLE, FLAGS_ALL, VALUE_TRANSFER, WRITE, alternative, is_down, least
-from corral.dlm.resource import NEW, QUEUED, Effects, Lock, Resource
+from corral.dlm.resource import NEW, NOT_TOSSED, QUEUED, Effects, Lock, Resource
 from corral.dlm.space import TOKEN_SHIFT, Space
 from corral.dlm.wire import CHUNK, Claim, Masters, Names, Reached, RecoverLock, RecoverLocks
 
@@ -97,7 +97,8 @@ class Recovery:
     def _forget_masters(self, now: Instant, members: frozenset[MemberId]) -> None:
         space = self._space
         space.tossed.clear()
-        for name, resource in sorted(space.resources.items()):
+        for resource in space.resources.in_order():
+            resource.tossed = NOT_TOSSED
             resource.looking = None
             if not resource.complete:
                 if resource.master == space.me:
@@ -106,7 +107,7 @@ class Recovery:
                     resource.master = None
                     resource.confirmed = False
             if not resource.processes and not resource.copies:
-                del space.resources[name]
+                space.resources.remove(resource.name)
         space.tossed.clear()
 
     def _unbuild(self, now: Instant, resource: Resource) -> None:
@@ -127,31 +128,27 @@ class Recovery:
 
     def _gather(self, effects: Effects) -> None:
         """Local locks whose master is unknown: what is decided by that, and what must be claimed."""
-        for _, locks in sorted(self._space.clients.items()):
-            for _, lock in sorted(locks.items()):
-                resource = lock.resource
-                if resource.master is not None:
-                    continue
-                if lock.pending == UNLOCK and (lock.sent or lock.granted == IV):
-                    effects.append((lock, EUNLOCK))
-                    continue
-                if lock.pending == CONVERT and lock.sent and _lowers(lock):
-                    _lower(lock)
-                if lock.granted != IV:
-                    self._masterless.setdefault(resource.name, []).append(lock)
+        for lock in self._space.locks.in_order():
+            resource = lock.resource
+            if resource.master is not None:
+                continue
+            if lock.pending == UNLOCK and (lock.sent or lock.granted == IV):
+                effects.append((lock, EUNLOCK))
+                continue
+            if lock.pending == CONVERT and lock.sent and _lowers(lock):
+                _lower(lock)
+            if lock.granted != IV:
+                self._masterless.setdefault(resource.name, []).append(lock)
 
     # --- the directory ---------------------------------------------------------------------------------------------
 
     def _send_names(self) -> None:
         space = self._space
         shares: dict[MemberId, list[bytes]] = {}
-        for name, resource in sorted(space.resources.items()):
-            if resource.complete:
-                node = space.directory_of(name)
-                if node == space.me:
-                    space.directory[name] = space.me
-                else:
-                    shares.setdefault(node, []).append(name)
+        for resource in space.resources.in_order():
+            node = space.directory_of(resource.name)
+            if resource.complete and node != space.me:
+                shares.setdefault(node, []).append(resource.name)
         for node, names in sorted(shares.items()):
             for at in range(0, len(names), CHUNK):
                 space.send.append((node, Names(names[at : at + CHUNK])))
@@ -212,7 +209,7 @@ class Recovery:
         self.proceed(now)
 
     def _mastered(self, name: bytes, master: MemberId) -> None:
-        resource = self._space.resources[name]
+        resource = self._masterless[name][0].resource
         self._space.counters.remastered += 1
         resource.master = master
         resource.confirmed = False
@@ -224,8 +221,8 @@ class Recovery:
     def _send_locks(self) -> None:
         space = self._space
         shares: dict[MemberId, list[RecoverLock]] = {}
-        for name, locks in sorted(self._masterless.items()):
-            resource = space.resources[name]
+        for _, locks in sorted(self._masterless.items()):
+            resource = locks[0].resource
             assert resource.master is not None, "DLM-5"
             for lock in locks:
                 record = _record(lock)

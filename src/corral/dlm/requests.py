@@ -41,11 +41,10 @@ from corral.dlm.operations import CANCELLED, FORCED, HANDLE_MAX, LOST, RUNNING
 from corral.dlm.orphans import CLIENT_MAX
 from corral.dlm.queries import Queries
 from corral.dlm.recovery import CONVERT, REQUEST, UNLOCK
-from corral.dlm.resource import Effects, Lock, Resource
+from corral.dlm.resource import USED_SINCE, Effects, Lock, Resource
 from corral.dlm.space import LOCKS_MAX
 
 _NO_EFFECTS: Effects = []  # for what cannot have any
-_NO_LOCKS: dict[int, Lock] = {}
 
 
 class Requests(Queries):
@@ -57,37 +56,32 @@ class Requests(Queries):
             return None
         if flags & ~VALBLK and (flags & ORPHAN or check_request(name, mode, flags)):
             return None
-        if not (NL <= mode <= EX and 0 < len(name) <= NAME_MAX and 0 < handle <= HANDLE_MAX):
-            return None
         space = self.space
+        if not (NL <= mode <= EX and 0 < handle <= HANDLE_MAX and 0 <= client <= CLIENT_MAX):
+            return None
+        address = client << 32 | handle
+        page = space.locks.page(address)
+        if address in page or space.lock_count >= LOCKS_MAX:
+            return None
         resource = space.resources.get(name)
         if resource is None:
-            if space.directory_of(name) != self.me or name in space.directory or client > CLIENT_MAX:
+            if not 0 < len(name) <= NAME_MAX or space.directory_of(name) != self.me or name in space.directory:
                 return None
-            space.directory[name] = self.me
-            resource = space.resource(name)
+            resource = space.resources.make(name)
             space.become_master(resource, space.floor)
-            space.toss(now, resource)
         elif not resource.complete:
             return None
-        locks = space.clients.get(client)
-        if locks is None:
-            if not 0 <= client <= CLIENT_MAX:
-                return None
-            space.clients[client] = locks = {}
-        elif handle in locks or space.lock_count >= LOCKS_MAX:
-            return None
-        lock = Lock(client << 32 | handle, resource, None, handle)
+        lock = Lock(address, resource, None, handle)
         lock.requested = mode
         lock.flags = flags
         if flags & VALBLK:
             lock.value = self._zeros
         if not resource.grant_now(lock):
             return None
-        if not resource.processes:
-            space.tossed.pop(name, None)
+        if resource.tossed:
+            resource.tossed = USED_SINCE
         resource.processes += 1
-        locks[handle] = lock
+        page[address] = lock
         space.lock_count += 1
         space.counters.granted += 1
         return lock
@@ -112,7 +106,11 @@ class Requests(Queries):
             lock.value = self._padded(value)
         elif flags & VALBLK and lock.value is None:
             lock.value = self._zeros
-        resource.unlock(lock, flags, _NO_EFFECTS)
+        if flags:
+            resource.unlock(lock, flags, _NO_EFFECTS)
+        else:
+            lock.result_flags = 0
+            resource.remove(lock)  # no value to write, and nobody to grant anything to
         self.space.drop_lock(now, lock)
         return True
 
@@ -129,8 +127,7 @@ class Requests(Queries):
                 return None
             lock.owner = asked.owner or handle
             return self._completion(lock, 0)
-        held = self.space.clients.get(client)
-        lock = None if held is None else held.get(handle)
+        lock = self.space.locks.get(client << 32 | handle)
         if lock is None:
             return None
         if asked.op == "unlock":
@@ -143,6 +140,7 @@ class Requests(Queries):
 
     def _convert_now(self, now: Instant, lock: Lock, asked: Asked) -> Completion | None:
         resource = lock.resource
+        flags = asked.flags
         if (
             self.phase != RUNNING
             or now >= self.lease_until
@@ -151,16 +149,25 @@ class Requests(Queries):
             or resource.waiting
             or len(resource.granted) != 1
             or lock.pending
-            or check_convert(lock.granted, asked.mode, asked.flags)
-            or illegal(asked.range)
+            or lock.abandoned
+            or resource.ranged
+            or asked.range is not None
+            or not NL <= asked.mode <= EX
+            or (flags & ~VALBLK and check_convert(lock.granted, asked.mode, flags))
             or (asked.value is not None and len(asked.value) > self.value_size)
         ):
             return None
-        self._load(lock, asked)
+        lock.requested = asked.mode
+        lock.flags = flags
+        lock.result_flags = 0
         lock.answer = 0
-        self._use_block(lock)
-        status = resource.convert(lock, _NO_EFFECTS)
-        assert status == 0, "DLM-1"
+        if flags & VALBLK:
+            if asked.value is not None:
+                lock.value = self._padded(asked.value)
+            elif lock.value is None:
+                lock.value = self._zeros
+        assert resource.granted[0] is lock, "DLM-1"  # the only lock there is: any mode goes with those of the others
+        resource.grant(lock)
         self.space.counters.granted += 1
         return self._completion(lock, 0)
 
@@ -178,7 +185,7 @@ class Requests(Queries):
         elif op == "query":
             error = self._query(now, client, handle, cookie, asked)
         else:
-            lock = self.space.clients.get(client, _NO_LOCKS).get(handle)
+            lock = self.space.locks.get(client << 32 | handle)
             if lock is None or lock.abandoned:
                 error = ENOENT
             elif op == "convert":
@@ -256,13 +263,12 @@ class Requests(Queries):
         if not (0 <= client <= CLIENT_MAX and 0 < handle <= HANDLE_MAX):
             return None
         space = self.space
-        locks = space.clients.get(client)
-        if locks is None:
-            space.clients[client] = locks = {}
-        elif handle in locks:
+        address = client << 32 | handle
+        page = space.locks.page(address)
+        if address in page:
             return None
-        lock = Lock(client << 32 | handle, resource, None, handle)
-        locks[handle] = lock
+        lock = Lock(address, resource, None, handle)
+        page[address] = lock
         space.lock_count += 1
         resource.processes += 1
         return lock

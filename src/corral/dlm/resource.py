@@ -146,6 +146,23 @@ class Lock:
 
 Effects: TypeAlias = list[tuple[Lock, int]]
 
+# An empty queue, one for all: most resources never have anybody waiting, and three lists each would be a fifth of what
+# a lock takes. So a lock joins an empty queue by `joined`, which makes a new one.
+NOBODY: Final[list[Lock]] = []
+
+# Resource.tossed: whether it is in the row of those that will be forgotten (`space.py`).
+NOT_TOSSED: Final = 0
+TOSSED: Final = 1
+USED_SINCE: Final = 2
+
+
+def joined(queue: list[Lock], lock: Lock) -> list[Lock]:
+    """The queue with `lock` at its end."""
+    if not queue:
+        return [lock]
+    queue.append(lock)
+    return queue
+
 
 @final
 class Resource:
@@ -164,6 +181,7 @@ class Resource:
         "ranged",
         "recover_grant",
         "token",
+        "tossed",
         "value",
         "value_sequence",
         "value_valid",
@@ -173,9 +191,9 @@ class Resource:
     def __init__(self, name: bytes, master: MemberId | None) -> None:
         self.name = name
         self.master = master
-        self.granted: list[Lock] = []
-        self.converting: list[Lock] = []
-        self.waiting: list[Lock] = []
+        self.granted = NOBODY
+        self.converting = NOBODY
+        self.waiting = NOBODY
         self.value: bytes | None = None
         self.value_sequence = 0
         self.value_valid = True
@@ -188,6 +206,7 @@ class Resource:
         self.processes = 0  # locks of this process
         self.copies = 0  # locks mastered here for other members
         self.looking: list[Lock] | None = None  # operations that wait for the lookup in flight
+        self.tossed = NOT_TOSSED
 
     # --- operations ------------------------------------------------------------------------------------------------
 
@@ -196,14 +215,14 @@ class Resource:
         if lock.wanted is not None:
             self.ranged = True
         if self._try(lock, True) == _YES:
-            self._grant(lock)
+            self.grant(lock)
             return 0
         if lock.flags & NOQUEUE:
             if lock.flags & NOQUEUEBAST:
                 self._call_blockers(self.granted, lock, effects)
                 self._call_blockers(self.converting, lock, effects)
             return EAGAIN
-        self._enqueue(lock, WAITING, self.waiting)
+        self._enqueue(lock, WAITING)
         self._call_blockers(self.granted, lock, effects)
         return QUEUED
 
@@ -218,7 +237,7 @@ class Resource:
             self._grant_converting(effects)
             verdict = _YES if self._fits(lock, True, False) else _NO
         if verdict == _YES:
-            self._grant(lock)
+            self.grant(lock)
             if self.converting or self.waiting:
                 self.grant_pending(effects)
             return 0
@@ -232,7 +251,7 @@ class Resource:
             lock.requested = IV
             return EAGAIN
         self.granted.remove(lock)
-        self._enqueue(lock, CONVERTING, self.converting)
+        self._enqueue(lock, CONVERTING)
         self._call_blockers(self.granted, lock, effects)
         return QUEUED
 
@@ -283,9 +302,9 @@ class Resource:
             self.ranged = True
         if lock.requested == IV:
             lock.status = GRANTED
-            self.granted.append(lock)
+            self.granted = joined(self.granted, lock)
         else:
-            self._enqueue(lock, CONVERTING, self.converting)
+            self._enqueue(lock, CONVERTING)
 
     def break_cycles(self, effects: Effects) -> None:
         """Recovery: conversions that wait for each other's granted mode, in whatever order, will wait for ever.
@@ -321,7 +340,7 @@ class Resource:
 
     def _back_to_granted(self, lock: Lock) -> None:
         self.converting.remove(lock)
-        self.granted.append(lock)
+        self.granted = joined(self.granted, lock)
         lock.status = GRANTED
         lock.requested = IV
 
@@ -330,11 +349,16 @@ class Resource:
         """Nobody has or wants a lock here."""
         return not (self.granted or self.converting or self.waiting)
 
+    @property
+    def unused(self) -> bool:
+        """No member has a lock of it here, nor does anybody wait for its lookup."""
+        return not self.processes and not self.copies and self.looking is None
+
     def grant_now(self, lock: Lock) -> bool:
         """A request that is granted at once, or nothing has happened: what the fast path asks."""
-        if not self._fits(lock, True, False):
+        if (self.granted or self.converting or self.waiting) and not self._fits(lock, True, False):
             return False
-        self._grant(lock)
+        self.grant(lock)
         return True
 
     # --- grant pass ------------------------------------------------------------------------------------------------
@@ -344,7 +368,7 @@ class Resource:
         self._grant_converting(effects)
         for lock in tuple(self.waiting):
             if self._try(lock, False) == _YES:
-                self._grant(lock)
+                self.grant(lock)
                 effects.append((lock, 0))
         if not self.converting:
             self.recover_grant = False
@@ -392,7 +416,7 @@ class Resource:
                 demoted = lock.result_flags & DEMOTED
                 verdict = self._try(lock, False)
                 if verdict == _YES:
-                    self._grant(lock)
+                    self.grant(lock)
                     effects.append((lock, 0))
                     again = True
                 elif not demoted and lock.result_flags & DEMOTED:
@@ -512,7 +536,8 @@ class Resource:
 
     # --- leaves ----------------------------------------------------------------------------------------------------
 
-    def _grant(self, lock: Lock) -> None:
+    def grant(self, lock: Lock) -> None:
+        """What `lock` asks for, which the caller knows to fit."""
         if (lock.flags & (VALBLK | IVVALBLK)) or not self.value_valid or lock.current:
             self._value_with_grant(lock)
         status = lock.status
@@ -522,7 +547,10 @@ class Resource:
             elif status == WAITING:
                 self.waiting.remove(lock)
             lock.status = GRANTED
-            self.granted.append(lock)
+            if self.granted:
+                self.granted.append(lock)
+            else:
+                self.granted = [lock]
         lock.granted = lock.requested
         lock.requested = IV
         if self.ranged:
@@ -534,12 +562,18 @@ class Resource:
         self.token = token
         lock.token = token
 
-    def _enqueue(self, lock: Lock, status: int, queue: list[Lock]) -> None:
+    def _enqueue(self, lock: Lock, status: int) -> None:
+        """Onto the queue of conversions or of newcomers, as `status` says."""
         lock.status = status
-        if lock.flags & HEADQUE:
+        queue = self.converting if status == CONVERTING else self.waiting
+        if queue and lock.flags & HEADQUE:
             queue.insert(0, lock)
         else:
-            queue.append(lock)
+            queue = joined(queue, lock)
+        if status == CONVERTING:
+            self.converting = queue
+        else:
+            self.waiting = queue
 
     def _call_blockers(self, queue: list[Lock], asking: Lock, effects: Effects) -> None:
         mode = asking.requested

@@ -2,18 +2,22 @@
 
 Resources are in one table whether mastered here or not. Locks of this process are kept per client, so that a client's
 death needs no search; master copies are kept per holder, so that a member's death needs none. A resource nobody uses
-stays for the toss time, because the next user is probably the last one; then its master tells the directory, which
-remembers only the highest token of all removed names (the floor) and starts each new mastery above it (DLM-2).
+stays for the toss time, because the next user is probably the last one, and once more if it was used meanwhile; then
+its master tells the directory, which remembers only the highest token of all removed names (the floor) and starts each
+new mastery above it (DLM-2).
 
-The directory node of a name is a pure function of the name and the sorted members, the same on every member.
+The directory node of a name is a pure function of the name and the sorted members, the same on every member. It lists
+the names that others master; those mastered by itself are in the table of resources.
 """
 
+from collections import deque
 from typing import Final, final
 from zlib import crc32
 
 from corral.base.ids import MemberId
 from corral.base.time import FOREVER, SECOND, Instant, Nanoseconds
-from corral.dlm.resource import Lock, Resource
+from corral.dlm.resource import NOT_TOSSED, TOSSED, USED_SINCE, Lock, Resource
+from corral.dlm.tables import Addresses, Names
 from corral.dlm.wire import Remove
 
 LOCKS_MAX: Final = 4_000_000  # of this process, and again for each peer's copies
@@ -84,14 +88,16 @@ class Space:
         self.members: tuple[MemberId, ...] = ()
         self.base_token = 0  # round << 32
         self.floor = 0
-        self.resources: dict[bytes, Resource] = {}
-        self.clients: dict[int, dict[int, Lock]] = {}
+        self.resources = Names()
+        self.locks = Addresses()
         self.gone: set[int] = set()  # dead clients that still have locks
         self.adopted: dict[int, Lock] = {}  # locks whose address is not their id any more, by id
         self.lock_count = 0
         self.copies: dict[MemberId, dict[int, Lock]] = {}
-        self.directory: dict[bytes, MemberId] = {}
-        self.tossed: dict[bytes, Instant] = {}  # in order of deadline, because the toss time is one and the same
+        self.directory: dict[bytes, MemberId] = {}  # names that others master
+        self.tossed: deque[tuple[Instant, Resource]] = (
+            deque()
+        )  # what to look at when; the toss time is the same for all
         self.counters = Counters()
         self.send: list[tuple[MemberId, object]] = []
 
@@ -101,11 +107,18 @@ class Space:
         return self.members[crc32(name) % len(self.members)]
 
     def assign(self, name: bytes, asking: MemberId) -> MemberId:
-        """As directory: who masters `name`? The first to ask does."""
-        master = self.directory.get(name)
+        """As directory: who masters `name`? The first to ask does; if that is this member, it makes it so at once."""
+        master = self.master_of(name)
         if master is None:
-            self.directory[name] = master = asking
+            master = asking
+            if asking != self.me:
+                self.directory[name] = asking
         return master
+
+    def master_of(self, name: bytes) -> MemberId | None:
+        """As directory: whoever masters `name`."""
+        resource = self.resources.get(name)
+        return self.me if resource is not None and resource.master == self.me else self.directory.get(name)
 
     def become_master(self, resource: Resource, floor: int) -> None:
         resource.master = self.me
@@ -116,59 +129,56 @@ class Space:
             resource.token = token
 
     def resource(self, name: bytes) -> Resource:
-        """The one of that name, made (with unknown master) if need be, and no longer tossed."""
+        """The one of that name, for use: made, with unknown master, if need be."""
         resource = self.resources.get(name)
         if resource is None:
-            self.resources[name] = resource = Resource(name, None)
-        elif name in self.tossed:
-            del self.tossed[name]
+            return self.resources.make(name)
+        if resource.tossed:
+            resource.tossed = USED_SINCE
         return resource
 
     # --- locks -----------------------------------------------------------------------------------------------------
 
     def find(self, lock_id: int) -> Lock | None:
         """A lock of this process, by the number peers know it by."""
-        client = self.clients.get(lock_id >> 32)
-        lock = None if client is None else client.get(lock_id & 0xFFFFFFFF)
+        lock = self.locks.get(lock_id)
         return lock if lock is not None and lock.id == lock_id else self.adopted.get(lock_id)
 
     def drop_lock(self, now: Instant, lock: Lock) -> None:
         """A lock of this process is over."""
-        self._leave_client(lock)
+        self.locks.remove(lock.address)
+        if self.adopted or self.gone:
+            self._moved_or_last(lock)
         self.lock_count -= 1
         resource = lock.resource
         resource.processes -= 1
-        if not resource.processes and not resource.copies:
+        if not resource.processes and not resource.copies and not resource.tossed:
             self.toss(now, resource)
 
-    def _leave_client(self, lock: Lock) -> None:
-        client = lock.address >> 32
-        locks = self.clients[client]
-        del locks[lock.address & 0xFFFFFFFF]
-        if lock.id != lock.address:
+    def _moved_or_last(self, lock: Lock) -> None:
+        """A lock has left its client: was it adopted, or the last one of a dead client?"""
+        address = lock.address
+        if lock.id != address:
             del self.adopted[lock.id]
-        if not locks and client in self.gone:
+        client = address >> 32
+        if client in self.gone and self.locks.forget(client):
             self.gone.discard(client)
-            del self.clients[client]
 
     def readdress(self, lock: Lock, address: int) -> None:
         """A dead client's lock becomes another one's. The address is free."""
-        self._leave_client(lock)
+        self.locks.remove(lock.address)
+        self._moved_or_last(lock)
         lock.address = address
-        self.clients.setdefault(address >> 32, {})[address & 0xFFFFFFFF] = lock
+        self.locks.page(address)[address] = lock
         if lock.id != address:
             self.adopted[lock.id] = lock
 
     def client_gone(self, client: int) -> None:
-        """Forgets a dead client, now or with its last lock. A living one keeps its empty table: it will lock again."""
-        locks = self.clients.get(client)
-        if locks is None:
-            return
-        if locks:
-            self.gone.add(client)
-        else:
+        """Forgets a dead client, now or with its last lock."""
+        if self.locks.forget(client):
             self.gone.discard(client)
-            del self.clients[client]
+        else:
+            self.gone.add(client)
 
     def drop_copy(self, now: Instant, copy: Lock) -> None:
         """A lock mastered for another member is over."""
@@ -186,32 +196,39 @@ class Space:
     # --- unused resources ------------------------------------------------------------------------------------------
 
     def toss(self, now: Instant, resource: Resource) -> None:
-        if resource.looking is not None:
-            return  # the answer will find it unused and toss it
-        name = resource.name
-        self.tossed.pop(name, None)
-        self.tossed[name] = now + self.toss_ns
+        """Nobody uses it any more: it will be forgotten, unless it is used again."""
+        if resource.tossed or resource.looking is not None:
+            return  # it is in the row already; or the answer will find it unused and toss it
+        resource.tossed = TOSSED
+        self.tossed.append((now + self.toss_ns, resource))
         if len(self.tossed) > TOSSED_MAX:
-            self._forget(next(iter(self.tossed)))
+            self._pass(self.tossed.popleft()[1])
 
     def toss_deadline(self) -> Instant:
-        for deadline in self.tossed.values():
-            return deadline
-        return FOREVER
+        return self.tossed[0][0] if self.tossed else FOREVER
 
     def expire(self, now: Instant, limit: int) -> None:
-        """Forgets what nobody wanted for the toss time."""
+        """Forgets what nobody wanted for the toss time; at most `limit` are looked at."""
         while self.tossed and limit:
-            name = next(iter(self.tossed))
-            if self.tossed[name] > now:
+            deadline, resource = self.tossed[0]
+            if deadline > now:
                 return
-            self._forget(name)
+            self.tossed.popleft()
             limit -= 1
+            if resource.tossed == USED_SINCE and resource.unused:
+                resource.tossed = TOSSED
+                self.tossed.append((now + self.toss_ns, resource))
+            else:
+                self._pass(resource)
 
-    def _forget(self, name: bytes) -> None:
-        del self.tossed[name]
-        resource = self.resources.pop(name)
+    def _pass(self, resource: Resource) -> None:
+        """Out of the row, and forgotten if nobody uses it."""
+        resource.tossed = NOT_TOSSED
+        if not resource.unused:
+            return
         assert resource.idle, "DLM-3"
+        name = resource.name
+        self.resources.remove(name)
         if not resource.complete:
             return
         node = self.directory_of(name)

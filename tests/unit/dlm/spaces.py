@@ -144,12 +144,7 @@ class Rig:
 
     def granted(self, node: int, name: bytes) -> list[int]:
         """The modes in which this member holds locks of that name, as its engine knows them."""
-        return [
-            lock.granted
-            for _, locks in sorted(self.native(node).engine.space.clients.items())
-            for _, lock in sorted(locks.items())
-            if lock.resource.name == name
-        ]
+        return [lock.granted for lock in self.native(node).engine.space.locks.in_order() if lock.resource.name == name]
 
     def empty(self) -> bool:
         return not any(native.engine.space.lock_count or native.engine.space.copies for native in self.natives)

@@ -169,7 +169,7 @@ def test_an_adopted_lock_is_a_lock_like_any_other_wherever_it_is_mastered():
         members.gone(1, 1)
         space = members.engines[1].space
         assert (space.lock_count, space.adopted, space.gone) == (0, {}, set())
-        assert set(space.clients) <= {3}
+        assert set(space.locks.clients) <= {3}
 
 
 def test_a_number_at_the_master_means_the_adopted_lock_and_not_who_has_its_old_handle():

@@ -128,7 +128,7 @@ def lost_master(handles, converts, *, answers_come):
     """Members 1 and 2 hold ranges of what member 3 masters; it dies with conversions under way."""
     r = Bytes(1, 2, 3)
     r.members.submit(3, 1, 99, Request("lock", b"r", NL))  # the first to ask is the master
-    assert r.members.engines[3].space.resources[b"r"].complete
+    assert r.members.engines[3].space.resources.get(b"r").complete
     for handle, (mode, span) in handles.items():
         assert r.lock(handle, mode, span, node=1 + handle % 2)[handle] == 0
     r.members.held_back = True
@@ -161,10 +161,9 @@ def test_conversions_whose_master_is_lost_come_through(before, asked, expected, 
     r = lost_master({1: before}, {1: asked}, answers_come=answers_come)
     assert r.queue(QUEUE_GRANT) == {1: (*expected, -1, None)}
     for engine in r.members.engines.values():
-        for locks in engine.space.clients.values():
-            for handle, lock in locks.items():
-                if handle == 1:
-                    assert (lock.granted, lock.extent, lock.pending) == (*expected, 0)
+        for lock in engine.space.locks.in_order():
+            if lock.address & 0xFFFFFFFF == 1:
+                assert (lock.granted, lock.extent, lock.pending) == (*expected, 0)
 
 
 @pytest.mark.parametrize("answers_come", [False, True])
@@ -177,7 +176,7 @@ def test_who_gave_up_a_part_does_not_have_it_after_the_loss_whatever_the_master_
     assert r.lock(4, EX, (9, 9), node=2, flags=NOQUEUE) == {4: EAGAIN}
     r.members.submit(r.at[1], 1, 1, Request("cancel"))
     assert r.queue(QUEUE_GRANT)[1] == (EX, (5, 9), -1, None)
-    lock = r.members.engines[r.at[1]].space.clients[1][1]
+    lock = r.members.engines[r.at[1]].space.locks.get(1 << 32 | 1)
     assert (lock.granted, lock.extent) == (EX, (5, 9)), "its holder was told"
 
 
@@ -191,5 +190,6 @@ def test_values_of_range_locks_are_not_trusted_after_a_loss():
             r.members.submit(handle, 1, handle, asked)
         del r.members.engines[3]
         r.members.recover()
-        (resource,) = [e.space.resources[b"r"] for e in r.members.engines.values() if e.space.resources[b"r"].complete]
+        found = [engine.space.resources.get(b"r") for engine in r.members.engines.values()]
+        (resource,) = [resource for resource in found if resource.complete]
         assert resource.value_valid == trusted
