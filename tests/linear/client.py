@@ -2,7 +2,8 @@
 
 One line of JSON for each call, return and look at a lock, written before the next step, so that the record of a client
 that was killed is whole. Times are of the machine's monotonic clock, in nanoseconds. It begins when DIRECTORY/go is
-there and ends after DIRECTORY/stop. When it loses its locks it opens everything anew, under a new name.
+there and ends after DIRECTORY/stop; DIRECTORY/NAME.ready is there while it has everything open. When it loses its locks
+it opens everything anew, under a new name.
 
     ["call", id, kind, key, argument, time]     ["return", id, time, result]     ["failed", id]: it did not happen
     ["sure", hold, time]: at or after `time` the lock of this acquisition was valid
@@ -32,7 +33,7 @@ VALUE_SIZE: Final = 256
 class Recorder:
     def __init__(self, path: Path, name: str) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._name = name
+        self.name = name
         self._number = 0
 
     def write(self, *what: Any) -> None:
@@ -40,7 +41,7 @@ class Recorder:
 
     def call(self, kind: str, key: str, argument: Any = None) -> str:
         self._number += 1
-        number = f"{self._name}.{self._number}"
+        number = f"{self.name}.{self._number}"
         self.write("call", number, kind, key, number if argument is None else argument, time.monotonic_ns())
         return number
 
@@ -202,14 +203,16 @@ async def session(kind: str, socket: str, name: str, recorder: Recorder, rng: ra
     async with corral.connect(socket) as cluster:
         space = await cluster.lockspace(name, value_size=VALUE_SIZE)
         working = KINDS[kind](space, recorder, rng)
+        ready = directory / f"{recorder.name.partition('/')[0]}.ready"
         await working.open()
         try:
-            (directory / f"{recorder._name.partition('/')[0]}.ready").touch()
+            ready.touch()
             while not (directory / "go").exists():  # noqa: ASYNC110  another process makes it
                 await asyncio.sleep(0.02)
             while not (directory / "stop").exists():
                 await working.step()
         finally:
+            ready.unlink(missing_ok=True)
             await working.close()
 
 

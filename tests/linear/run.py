@@ -77,11 +77,15 @@ class Clients:
         self.started = 0
         for name in self.names:
             self.start(*name)
-        deadline = time.monotonic() + PATIENCE
-        while len(list(directory.glob("*.ready"))) < len(self.names):
-            assert time.monotonic() < deadline, f"only {sorted(p.name for p in directory.glob('*.ready'))} began"
-            time.sleep(0.05)
+        self.wait_ready()
         (directory / "go").touch()
+
+    def wait_ready(self) -> None:
+        """Until every client has everything open: a value whose last member dies begins anew."""
+        deadline = time.monotonic() + PATIENCE
+        while len(ready := list(self.directory.glob("*.ready"))) < len(self.names):
+            assert time.monotonic() < deadline, f"only {sorted(path.name for path in ready)} have everything open"
+            time.sleep(0.05)
 
     def start(self, kind: str, node: int) -> None:
         self.started += 1
@@ -97,6 +101,7 @@ class Clients:
         process = self.running[kind, node]
         process.kill()
         process.wait()
+        (self.directory / f"{kind}{node}.ready").unlink(missing_ok=True)
 
     def stop(self) -> None:
         """Raises AssertionError when one hangs, or ended as it should not."""
@@ -142,6 +147,9 @@ class Faults:
         fault = self.rng.choices([f for _, f in table], [weight for weight, _ in table])[0]
         self.count[fault.__name__] = self.count.get(fault.__name__, 0) + 1
         fault(self.rng.choice(NODES))
+        time.sleep(2 * DETECT)  # so that who lost something has noticed
+        self.cluster.whole()
+        self.clients.wait_ready()
 
     def kill_node(self, node: int) -> None:
         self.cluster.local.kill(node)
@@ -195,7 +203,7 @@ def one_round(cluster: Cluster, directory: Path, seed: int, seconds: float) -> d
     try:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            time.sleep(rng.random() * 1.5)
+            time.sleep(rng.random())
             faults.one()
         time.sleep(1)
         clients.stop()

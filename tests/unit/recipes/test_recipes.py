@@ -377,6 +377,12 @@ async def test_elements_come_in_order_once_and_back_from_who_did_not_finish(spac
             assert last.data == b"c"
         assert await one.try_take() is None
         await refused(one.take(timeout=0.02), "waits for an element")
+        await one.put(b"d")
+        taken = await one.take(timeout=1)
+        waiting = asyncio.create_task(two.take(timeout=0.05))
+        await asyncio.sleep(0.01)
+        await taken.done()
+        await refused(waiting, "waits for an element")  # what it waited for came, and was done
 
 
 @over(value_size=64)
