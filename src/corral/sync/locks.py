@@ -1,60 +1,26 @@
-"""corral without asyncio: the same calls, blocking, from any thread.
+"""Lockspaces and locks for threads."""
 
-    with corral.sync.connect() as cluster:
-        space = cluster.lockspace("orders")
-        with space.lock("invoice-42", corral.EX, timeout=5) as held:
-            held.token, held.value
-
-One event loop runs in a thread of its own; every call here hands a coroutine to it and waits. A body cannot be
-cancelled from outside in a plain thread: losing a lock's guarantee raises LockLost when the body is left, and
-`held.valid` tells it at once.
-"""
-
-import asyncio
 import os
-import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, TypeVar, final
 
 from corral import doors
-from corral.api.dlm import EX, VALUE_SIZE
+from corral.api.dlm import EX, VALUE_SIZE, SpaceEvent, SpaceState
 from corral.base.errors import LockLost
 from corral.base.time import Seconds
 from corral.base.view import View
 from corral.providers.locks import HeldLock, LockSpace
+from corral.sync.loop import LoopThread
 
 T = TypeVar("T")
-
-
-@final
-class _Loop:
-    """The thread that runs everything asynchronous of one cluster object."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="corral", daemon=True)
-        self._thread.start()
-
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except KeyboardInterrupt:
-            future.cancel()
-            raise
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 @final
 class Held:
     """A held lock, as `api.dlm.Lock`, its methods blocking."""
 
-    def __init__(self, loop: _Loop, held: HeldLock) -> None:
+    def __init__(self, loop: LoopThread, held: HeldLock) -> None:
         self._loop = loop
         self._held = held
 
@@ -88,7 +54,7 @@ class Held:
         self._loop.call(self._held.convert(mode, wait=wait, value=value, timeout=timeout))
 
     def unlock(self, *, value: bytes | None = None) -> None:
-        self._loop.call(self._held.unlock(value=value))
+        self._loop.call(self._held.unlock(value=value), goes_on=True)
 
     def __enter__(self) -> "Held":
         return self
@@ -99,14 +65,14 @@ class Held:
         if self._held._lost:
             raise LockLost(f"{self.resource!r}: its guarantee was lost while it was held") from error
         if self._held.mode >= 0:
-            self._loop.call(self._held.unlock())
+            self._loop.call(self._held.unlock(), goes_on=True)
 
 
 @final
 class Space:
     """A lockspace, as `api.dlm.Lockspace`, its methods blocking."""
 
-    def __init__(self, loop: _Loop, space: LockSpace) -> None:
+    def __init__(self, loop: LoopThread, space: LockSpace) -> None:
         self._loop = loop
         self._space = space
 
@@ -138,14 +104,37 @@ class Space:
         async def acquire() -> HeldLock:
             return await self._space.lock(resource, mode, wait=wait, timeout=timeout, flags=flags, on_block=on_block)
 
-        return Held(self._loop, self._loop.call(acquire()))
+        return Held(self._loop, self._loop.call(acquire(), self._space.give_back))
+
+    @property
+    def state(self) -> SpaceState:
+        return self._space.state
+
+    def watch(self) -> Iterator[SpaceEvent]:
+        """As `api.dlm.Lockspace.watch`; each step waits for the next event."""
+        it = self._loop.call(self._watching())
+        try:
+            while (event := self._loop.call(_next(it))) is not None:
+                yield event
+        finally:
+            self._loop.call(it.aclose())
+
+    async def _watching(self) -> Any:
+        return self._space.watch()
+
+    def release(self, force: int = 0) -> None:
+        """As `api.dlm.Lockspace.release`."""
+        self._loop.call(self._space.release(force))
+
+    def close(self) -> None:
+        self._loop.call(self._space.close(), goes_on=True)
 
 
 @final
 class Cluster:
     """A connection to corrald (or a local cluster) for threads."""
 
-    def __init__(self, loop: _Loop, cluster: "doors.Cluster | doors.LocalCluster") -> None:
+    def __init__(self, loop: LoopThread, cluster: "doors.Cluster | doors.LocalCluster") -> None:
         self._loop = loop
         self._cluster = cluster
 
@@ -157,14 +146,20 @@ class Cluster:
     def ask(self, what: str, **arguments: Any) -> Any:
         if not isinstance(self._cluster, doors.Cluster):
             raise ValueError("a local cluster has no corrald to ask")
-        return self._loop.call(self._cluster.ask(what, **arguments))
+        cluster = self._cluster
+        return self._loop.call(cluster.ask(what, **arguments))
 
-    def lockspace(self, name: str, *, value_size: int = VALUE_SIZE) -> Space:
-        return Space(self._loop, self._loop.call(self._cluster.lockspace(name, value_size=value_size)))
+    def lockspace(self, name: str, *, value_size: int = VALUE_SIZE, exclusive: bool = False) -> Space:
+        async def opened() -> LockSpace:
+            return await self._cluster.lockspace(name, value_size=value_size, exclusive=exclusive)
+
+        return Space(self._loop, self._loop.call(opened()))
 
     def close(self) -> None:
-        self._loop.call(self._cluster.close())
-        self._loop.close()
+        try:
+            self._loop.call(self._cluster.close())
+        finally:
+            self._loop.close()
 
     def __enter__(self) -> "Cluster":
         return self
@@ -176,7 +171,7 @@ class Cluster:
 
 
 def _open(connecting: Any) -> Cluster:
-    loop = _Loop()
+    loop = LoopThread()
     try:
         return Cluster(loop, loop.call(connecting.__aenter__()))
     except BaseException:
@@ -192,3 +187,8 @@ def connect(path: str | os.PathLike[str] | None = None) -> Cluster:
 def local() -> Cluster:
     """As `corral.local`."""
     return _open(doors.local())
+
+
+async def _next(it: Any) -> SpaceEvent | None:
+    event: SpaceEvent | None = await anext(it, None)
+    return event
