@@ -6,7 +6,7 @@ import click
 
 from corral.base.errors import ClusterError
 from corral.cli.output import json_option, print_json
-from corral.dlm.replay import Malformed, replay, runs
+from corral.dlm.replay import Malformed, Mismatch, Parting, replay, runs
 
 
 @click.group()
@@ -21,23 +21,35 @@ def dlm() -> None:
 def replay_command(context: click.Context, files: tuple[Path, ...], as_json: bool) -> None:
     """Play the recorded runs in FILES against a lockspace of this process and print every difference.
 
-    Status 0 only when no run differs. docs/design/dlm-oracle.md tells the format.
+    Status 0 only when no run differs. docs/design/dlm-oracle.md tells the format, and why some run can be compared only
+    up to some step; such a place is printed on stderr.
     """
     passed = failed = 0
-    mismatches = []
+    mismatches: list[Mismatch] = []
+    partings: list[Parting] = []
     for file in files:
         try:
             for run in runs(file.read_text()):
-                found = list(replay(run))
+                found, parting = replay(run)
                 passed, failed = (passed, failed + 1) if found else (passed + 1, failed)
                 mismatches.extend(found)
                 if not as_json:
                     for mismatch in found:
                         click.echo(f"{file}: {mismatch}")
+                if parting is not None:
+                    partings.append(parting)
+                    click.echo(f"{file}: {parting}", err=True)
         except (Malformed, UnicodeDecodeError, OSError) as error:
             raise ClusterError(f"{file} is not a recording of lock manager runs: {error}") from None
     if as_json:
-        print_json({"passed": passed, "failed": failed, "mismatches": [mismatch._asdict() for mismatch in mismatches]})
+        print_json(
+            {
+                "passed": passed,
+                "failed": failed,
+                "mismatches": [mismatch._asdict() for mismatch in mismatches],
+                "partings": [parting._asdict() for parting in partings],
+            }
+        )
     else:
         click.echo(f"{passed} passed, {failed} failed")
     context.exit(1 if failed else 0)

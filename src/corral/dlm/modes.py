@@ -120,18 +120,22 @@ def check_request(name: bytes, mode: int, flags: int) -> int:
     return 0
 
 
-def check_convert(granted: int, mode: int, flags: int) -> int:
-    """Is this a legal conversion from `granted`? 0 or -EINVAL. That the lock is idle is the caller's to check, after
-    this: what is illegal is so of a busy lock as well."""
+def check_conversion(mode: int, flags: int) -> int:
+    """Is this a legal conversion of some lock? 0 or -EINVAL. What is illegal here is so of a busy lock as well."""
     if not NL <= mode <= EX:
         return EINVAL
     if flags & ~FLAGS_ALL or flags & (CANCEL | EXPEDITE | FORCEUNLOCK):
         return EINVAL
     if flags & CONVDEADLK and flags & NOQUEUE:
         return EINVAL
-    if flags & QUECVT and (granted == IV or not QUECVT_LEGAL[granted][mode]):
-        return EINVAL
     return 0
+
+
+def check_convert(granted: int, mode: int, flags: int) -> int:
+    """Is this a legal conversion of an idle lock in mode `granted`? 0 or -EINVAL. A busy one is EBUSY before this."""
+    if flags & QUECVT and (granted == IV or not NL <= mode <= EX or not QUECVT_LEGAL[granted][mode]):
+        return EINVAL
+    return check_conversion(mode, flags)
 
 
 def check_unlock(flags: int) -> int:

@@ -33,6 +33,7 @@ from corral.dlm.modes import (
     ENOENT,
     ENOMEM,
     ENOTCONN,
+    check_conversion,
     check_convert,
     check_request,
     check_unlock,
@@ -221,13 +222,15 @@ class Requests(Queries):
 
     def _convert(self, now: Instant, lock: Lock, cookie: int, asked: Asked) -> int:
         if (
-            check_convert(lock.granted, asked.mode, asked.flags)
+            check_conversion(asked.mode, asked.flags)
             or illegal(asked.range)
             or (asked.value is not None and len(asked.value) > self.value_size)
         ):
             return EINVAL
         if lock.pending:
             return EBUSY
+        if check_convert(lock.granted, asked.mode, asked.flags):
+            return EINVAL
         self._load(lock, asked)
         lock.operation += 1
         self._begin(now, lock, CONVERT, cookie, asked.timeout_ns)

@@ -320,10 +320,10 @@ class DumbSpace:
         rising = {"NL": "CR CW PR PW EX", "CR": "CW PR PW EX", "CW": "PR PW EX", "PR": "CW PW EX", "PW": "EX"}
         if flags - self.CONVERT or {"CONVDEADLK", "NOQUEUE"} <= flags:
             return self.refuse(client, handle, cookie, "EINVAL")
-        if "QUECVT" in flags and mode not in rising.get(held, "").split():
-            return self.refuse(client, handle, cookie, "EINVAL")
         if entry["pending"]:
             return self.refuse(client, handle, cookie, "EBUSY")
+        if "QUECVT" in flags and mode not in rising.get(held, "").split():
+            return self.refuse(client, handle, cookie, "EINVAL")
         self.begin(entry, "convert", cookie, flags, timeout)
         block = self.block(entry, flags, value)
         return self.tell(self.resource(entry["name"]).convert(entry["number"], mode, flags, block, wants))
