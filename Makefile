@@ -10,7 +10,7 @@ BODY ?= mounts.shared
 SEED ?= 1
 SECONDS ?= $(if $(filter fuzz,$(MAKECMDGOALS)),60,600)
 
-.PHONY: help install check lint types floors unit test sim campaign campaign-report dlm-model plants fuzz demo interrupts linear soak test-compiled bench bench-dlm bench-diff system clean
+.PHONY: help install check lint types floors unit test sim campaign campaign-report dlm-model plants fuzz demo interrupts linear oracle soak test-compiled bench bench-dlm bench-diff system clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -61,6 +61,10 @@ campaign-report: $(STAMP)  ## what the campaign has run so far, and what failed
 
 dlm-model: $(STAMP)  ## the lock engine against a dumb second one, random stories, going on where it stopped: SECONDS=600
 	$(BIN)/python -m tests.unit.dlm.against_dumb --seconds $(SECONDS)
+
+RUNS ?= 200
+oracle: $(STAMP)  ## the lock engine against the DLM of a Linux in user mode, live: RUNS=200 SEED=1; skipped where its packages are missing
+	$(BIN)/python -m tests.oracle --runs $(RUNS) --seed $(SEED)
 
 plants: $(STAMP)  ## every planted bug, and the seed at which its checker catches it
 	$(BIN)/python -m tests.plants
