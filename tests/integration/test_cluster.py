@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import corral
+from corral.api.dlm import PERSISTENT, Completion, Request
 from corral.cli import processes
 from corral.cli.layout import Layout
 from corral.cli.localcluster import LocalCluster
@@ -118,6 +119,44 @@ def test_a_lockspace_has_one_length_of_value_blocks_on_all_nodes(local: Local) -
                 assert len(held.value) in (0, 64)
 
     asyncio.run(story())
+
+
+def test_who_holds_and_who_waits_is_seen_from_outside_and_what_the_dead_left_is_purged(local: Local) -> None:
+    def asked(name: str, *options: str) -> "subprocess.CompletedProcess[str]":
+        return command("--socket", local.socket(1), "dlm", "query", "seen", name, *options, check=False)
+
+    async def story() -> None:
+        async with corral.connect(local.socket(2)) as two, asyncio.timeout(60):
+            space = await two.lockspace("seen")
+            held = await space.lock("a", corral.EX)
+            waiting = asyncio.ensure_future(space.lock("a", corral.PR)._acquire())
+            answers: asyncio.Queue[Completion] = asyncio.Queue()
+            space.submit(
+                [Request("lock", b"part", corral.EX, PERSISTENT, range=(0, 9))],
+                lambda _handle, completion: answers.put_nowait(completion),
+            )
+            assert (await answers.get()).status == 0
+            found = json.loads((await asyncio.to_thread(asked, "a", "--json")).stdout)
+            assert [(lock["node"], lock["state"], lock["granted"], lock["requested"]) for lock in found["locks"]] == [
+                (2, "granted", "EX", "-"),
+                (2, "waiting", "-", "PR"),
+            ]
+            assert "EX 0-9" in (await asyncio.to_thread(asked, "part")).stdout
+            await held.unlock()
+            await (await waiting).unlock()
+
+    asyncio.run(story())
+    assert "EX 0-9" in asked("part").stdout, "its client is gone, it stays"
+    command("--socket", local.socket(1), "dlm", "purge", "seen", "--node", "2")
+    nobody = asked("part")
+    deadline = time.monotonic() + 10
+    while nobody.returncode == 0 and "EX" in nobody.stdout and time.monotonic() < deadline:
+        nobody = asked("part")
+    assert "EX" not in nobody.stdout
+    other = asked("a", "--value-size", "64")
+    assert other.returncode == 1
+    assert other.stderr.count("\n") == 1
+    assert "value blocks of 32 bytes" in other.stderr
 
 
 def test_a_lockspace_is_made_once_and_released_when_nobody_needs_it_or_by_force(local: Local) -> None:
