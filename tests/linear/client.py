@@ -76,8 +76,11 @@ class Session:
     async def use(self, number: str, held: Any) -> bool:
         """Some looks, with and without letting the loop turn between them."""
         for _ in range(self.rng.randrange(1, 4)):
-            if self.rng.random() < 0.3:
-                time.sleep(self.rng.random() * 0.02)  # noqa: ASYNC251  too busy to hear anything
+            if self.rng.random() < 0.05:
+                for _ in range(30):  # too busy to hear of anything, for longer than a node takes to be fenced
+                    time.sleep(0.01)  # noqa: ASYNC251
+                    if not self.recorder.look(number, held):
+                        return False
             else:
                 await asyncio.sleep(self.rng.random() * 0.02)
             if not self.recorder.look(number, held):
