@@ -249,10 +249,10 @@ def main() -> int:
                 cluster.local.keep_logs(directory)
                 return 1
             shutil.rmtree(directory)
-        shutil.rmtree(root)
-        return 0
     finally:
-        cluster.end()
+        cluster.end()  # before the directory goes, by whose pid files it finds what it started
+    shutil.rmtree(root)
+    return 0
 
 
 if __name__ == "__main__":
