@@ -190,7 +190,7 @@ def process(path, orders):
 class Kernel:
     def __init__(self, path, owners):
         path.write_bytes(bytes(SIZE))
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("forkserver")  # a fork of a process with threads may never run
         self.pipes, self.processes = {}, {}
         for owner in owners:
             self.pipes[owner], theirs = context.Pipe()
@@ -201,7 +201,7 @@ class Kernel:
         self.pipes[owner].send(order)
 
     def answer(self, owner):
-        assert self.pipes[owner].poll(30), f"owner {owner} still waits"
+        assert self.pipes[owner].poll(60), f"owner {owner} still waits"
         return self.pipes[owner].recv()
 
     def has_answered(self, owner):
