@@ -3,8 +3,8 @@
     python -m tests.plants [--only TEXT]
 
 A plant is a bug put into the code by a patch. Each must be caught, by the invariant it is there for where it names one,
-within 50 seeds, those of the dlm within 150 (a canary of the fuzzer: 400 cases; a plant of the conformance suite: its one check). The exit status is
-1 unless all are. The tests run the same plants; this shows them in one table.
+within 50 seeds, those of the dlm within 150 (a canary of the fuzzer: 400 cases; a plant of the conformance suite: its
+one check). The exit status is 1 unless all are. The tests run the same plants; this shows them in one table.
 """
 
 import argparse
