@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import corral
-from corral.api.dlm import PERSISTENT, Completion, Request
+from corral.api.dlm import CONVERT, EX, NL, PERSISTENT, PR, VALBLK, Completion, Request
 from corral.cli import processes
 from corral.cli.layout import Layout
 from corral.cli.localcluster import LocalCluster
@@ -241,6 +241,30 @@ def test_a_client_too_busy_to_hear_of_its_loss_counts_on_its_lock_no_longer_than
     finally:
         holder.kill()
         holder.communicate()
+
+
+def test_long_values_go_in_as_many_messages_as_they_need(local: Local) -> None:
+    count, size = 1100, 4096  # more bytes than a message may have, both ways
+
+    async def story() -> None:
+        async with corral.connect(local.socket(1)) as cluster:
+            space = await cluster.lockspace("long", value_size=size)
+            answers: asyncio.Queue[Completion] = asyncio.Queue()
+
+            def completed(_handle: int, completion: Completion) -> None:
+                answers.put_nowait(completion)
+
+            names = [f"page{number}".encode() for number in range(count)]
+            handles = space.submit([Request("lock", name, EX, VALBLK) for name in names], completed)
+            assert {(await answers.get()).status for _ in names} == {0}
+            space.submit(
+                [Request("convert", b"", NL, CONVERT | VALBLK, lock, b"x" * size) for lock in handles], completed
+            )
+            assert {(await answers.get()).status for _ in names} == {0}
+            space.submit([Request("convert", b"", PR, CONVERT | VALBLK, lock) for lock in handles], completed)
+            assert {(await answers.get()).value for _ in names} == {b"x" * size}
+
+    asyncio.run(asyncio.wait_for(story(), 60))
 
 
 def test_a_client_that_dies_frees_its_locks_at_once(local: Local) -> None:

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import logging
 import sys
+from functools import partial
 from typing import Final, final
 
 from corral.api.dlm import Completion, LockWaits, Request
@@ -32,6 +33,7 @@ from corral.providers.ipc_wire import (
     SpaceSuspended,
     SubmitBatch,
     WaitingTold,
+    in_messages,
 )
 from corral.providers.native_dlm import NativeLockspace
 from corral.providers.participant import Participant
@@ -105,6 +107,8 @@ class Client:
 
     def __init__(self, service: "LockService", connection: Connection) -> None:
         self.connection: Final = connection
+        credentials = connection.credentials
+        self._process = None if credentials is None else service.world.process.identify(credentials.pid)
         self._service = service
         self._spaces: dict[int, tuple[Space, int]] = {}  # its number -> (space, dlm client number)
         self._completions: dict[int, list[tuple[int, int, Completion]]] = {}
@@ -127,8 +131,7 @@ class Client:
                 message = TO_LOCK_SERVICE.decode(payload)
             except PeerError as error:
                 self._service.rejected += 1
-                log.warning("a client of the lock service spoke nonsense (%s); it is disconnected", error)
-                self._end()
+                self._expel(f"spoke nonsense ({error})")
                 return
             if isinstance(message, SubmitBatch):
                 self._submit(message)
@@ -141,16 +144,30 @@ class Client:
                 self._close_space(message.space)
 
     def broken(self, _reason: str) -> None:
-        self._end()
+        if not self._closed:
+            self._disconnect()
+            self._free()
 
-    def _end(self) -> None:
-        if self._closed:
-            return
+    def _disconnect(self) -> None:
         self._closed = True
+        self.connection.close()
+
+    def _free(self) -> None:
+        self._service.clients.discard(self)
         for number in sorted(self._spaces):
             self._close_space(number)
-        self._service.clients.discard(self)
-        self.connection.close()
+
+    def _expel(self, why: str) -> None:
+        """Disconnects it and frees its locks when its process is gone: while that one is too busy to hear of it, it
+        counts on them, since the lease it sees on the page is ours."""
+        log.warning("a client of the lock service %s; it is disconnected", why)
+        self._disconnect()
+        self._service.world.spawn(self._bury(), "free the locks of a client when it has ended")
+
+    async def _bury(self) -> None:
+        if self._process is not None:
+            await self._service.world.process.wait_gone(self._process)
+        self._free()
 
     # -- what it asks
 
@@ -189,7 +206,7 @@ class Client:
         found = self._spaces.get(message.space)
         if found is None or not found[0].opening.done() or len(message.requests) > BATCH_MAX:
             self._service.rejected += 1
-            self._end()
+            self._expel("asked for more than it may, or of a lockspace that it has not open")
             return
         space, user = found
         native, number = space.native, message.space
@@ -263,18 +280,20 @@ class Client:
         completions, self._completions = self._completions, {}
         blocked, self._blocked = self._blocked, {}
         for number, batch in completions.items():
-            self.tell(CompletedBatch(number, batch))
+            self._send(in_messages(FROM_LOCK_SERVICE, partial(CompletedBatch, number), batch))
         for number, callbacks in blocked.items():
-            self.tell(BlockingBatch(number, callbacks))
+            self._send(in_messages(FROM_LOCK_SERVICE, partial(BlockingBatch, number), callbacks))
 
     def tell(self, message: FromLockService) -> None:
+        self._send([FROM_LOCK_SERVICE.encode(message)])
+
+    def _send(self, messages: list[bytes]) -> None:
         if self._closed:
             return
         if self.connection.pending > UNREAD_MAX:
-            log.warning("a client of the lock service does not read its answers; it is disconnected")
-            self._end()
+            self._expel("does not read its answers")
             return
-        self.connection.send([FROM_LOCK_SERVICE.encode(message)])
+        self.connection.send(messages)
 
 
 @final

@@ -10,6 +10,7 @@ in one loop turn goes on together at its end: in one message, or in one step of 
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final, final
 
 from corral.api.dlm import Completion, LockWaits, Request
@@ -31,6 +32,7 @@ from corral.providers.ipc_wire import (
     SpaceSuspended,
     SubmitBatch,
     WaitingTold,
+    in_messages,
 )
 from corral.providers.native_dlm import NativeLockspace
 from corral.providers.page import PageReader
@@ -167,13 +169,11 @@ class SocketBackend:
 
     def _flush(self) -> None:
         operations, self._outgoing = self._outgoing, []
-        if operations and self._connection is not None:  # none: `close` was faster
-            self._connection.send(
-                [
-                    TO_LOCK_SERVICE.encode(SubmitBatch(1, operations[start : start + BATCH]))
-                    for start in range(0, len(operations), BATCH)
-                ]
-            )
+        if self._connection is None:
+            return
+        for start in range(0, len(operations), BATCH):  # none: `close` was faster
+            batch = operations[start : start + BATCH]
+            self._connection.send(in_messages(TO_LOCK_SERVICE, partial(SubmitBatch, 1), batch))
 
     # -- ConnectionHandler
 

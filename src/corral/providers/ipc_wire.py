@@ -4,6 +4,7 @@ Whole messages, each one msgspec array with an integer tag. Tags below 32 are sp
 service messages start at 64. Tags and fields are append-only.
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -12,7 +13,7 @@ from corral.api.cman import Peer
 from corral.api.dlm import Completion, LockWaits, Request
 from corral.base.ids import MemberId
 from corral.base.view import Round, View
-from corral.wire.codec import Codec
+from corral.wire.codec import MESSAGE_MAX, Codec
 
 IPC_VERSION: Final = 1
 PARTICIPANT: Final = "participant"
@@ -228,3 +229,13 @@ FromLockService = Opened | CompletedBatch | BlockingBatch | SpaceGone | Released
 FROM_LOCK_SERVICE: Codec[FromLockService] = Codec(
     (Opened, CompletedBatch, BlockingBatch, SpaceGone, Released, SpaceSuspended, WaitingTold)
 )
+
+
+def in_messages(codec: Codec[Any], batch: Callable[[list[Any]], Any], items: list[Any]) -> list[bytes]:
+    """`batch(items)` encoded, in as many messages as it takes for none to be longer than a stream carries: values and
+    reports have no common size. One item fits always."""
+    payload = codec.encode(batch(items))
+    if len(payload) <= MESSAGE_MAX or len(items) == 1:
+        return [payload]
+    middle = len(items) // 2
+    return in_messages(codec, batch, items[:middle]) + in_messages(codec, batch, items[middle:])

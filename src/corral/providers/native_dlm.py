@@ -192,7 +192,8 @@ class NativeLockspace:
         elif isinstance(event, Blocked):
             self.blocked(event.client, event.handle, event.mode)
         elif isinstance(event, Waiting):
-            log.warning("%s", told_wait(self.name, event.client, event.waits))
+            if event.waits.blockers:  # else a recovery is in its way, as in that of all others: corrald tells
+                log.warning("%s", told_wait(self.name, event.client, event.waits))
             self.waiting(event.client, event.waits)
         elif isinstance(event, RoundDone):
             if event.round_id == self._round_id and self._done is not None and not self._done.done():
@@ -216,8 +217,6 @@ def told_wait(space: str, client: int, waits: LockWaits) -> str:
     """One line for the log: who waits for what, and for whom."""
     mode = MODE_NAMES[waits.mode]
     who = f"lockspace {space}: client {client} has waited {waits.waited_ns / 1e9:.1f} s for {waits.resource!r} {mode}"
-    if not waits.blockers:
-        return f"{who}; no other lock is in its way: a recovery is"
     held = ", ".join(
         f"node {lock.member.node} client {lock.client} "
         + (MODE_NAMES[lock.granted] if lock.granted >= 0 else f"(waits for {MODE_NAMES[lock.requested]})")

@@ -5,17 +5,14 @@ import asyncio
 import msgspec
 import pytest
 
-from corral.api.dlm import EUNLOCK, EX, FORCEUNLOCK, Completion, Request
+from corral.api.dlm import EUNLOCK, EX, FORCEUNLOCK, Request
 from corral.base.errors import PeerError
 from corral.base.ids import MemberId
 from corral.base.time import FOREVER
 from corral.base.view import Round, Slotted
-from corral.corrald.lockservice import Client
-from corral.dlm.events import UNAWAITED
 from corral.dlm.wire import BATCHES, CODEC, Blocking, Completed, Names, Unlock
 from corral.dlm.wire import Request as Asking
 from corral.providers.backends import NativeBackend
-from corral.providers.ipc_wire import FROM_LOCK_SERVICE, TO_LOCK_SERVICE, SubmitBatch
 from corral.providers.locks import LockSpace
 from corral.providers.native_dlm import NativeLockspace
 from corral.sim.simulation import Simulation
@@ -254,46 +251,3 @@ def test_what_was_submitted_goes_before_the_end():
         assert len(asked) == 2
 
     together(body)
-
-
-# --- the lock service ------------------------------------------------------------------------------------------------
-
-
-class ServiceStub:
-    """Space, connection and world of a client of the lock service; what is mastered here is granted."""
-
-    def __init__(self):
-        self.native = self
-        self.world = self
-        self.opening = self
-        self.pending = 0
-        self.sent = []
-        self.submitted = []
-
-    def done(self):
-        return True
-
-    def at_turn_end(self, fn):
-        raise AssertionError("what its own requests caused is answered at once")
-
-    def complete_now(self, user, handle, request):
-        return Completion(0, 0, request.mode, b"", True, 1) if request.resource == b"here" else None
-
-    def submit(self, user, operations):
-        self.submitted += operations
-
-    def send(self, messages):
-        self.sent += [FROM_LOCK_SERVICE.decode(message) for message in messages]
-
-
-def test_the_lock_service_tells_no_completion_that_nobody_waits_for():
-    stub = ServiceStub()
-    client = Client(stub, stub)
-    client._spaces[3] = (stub, 7)
-    here, there = Request("lock", b"here", EX), Request("lock", b"there", EX)
-    client.received([TO_LOCK_SERVICE.encode(SubmitBatch(3, [(1, UNAWAITED, here)]))])
-    assert stub.sent == []
-    client.received([TO_LOCK_SERVICE.encode(SubmitBatch(3, [(2, UNAWAITED, here), (3, 9, here), (4, 0, there)]))])
-    ((answer,),) = [message.completions for message in stub.sent]
-    assert answer[:2] == (3, 9)
-    assert stub.submitted == [(4, UNAWAITED, there)]
