@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import corral
+from corral import sync
 from corral.api.dlm import CONVERT, EX, NL, PERSISTENT, PR, VALBLK, Completion, Request
 from corral.cli import processes
 from corral.cli.layout import Layout
@@ -265,6 +267,26 @@ def test_long_values_go_in_as_many_messages_as_they_need(local: Local) -> None:
             assert {(await answers.get()).value for _ in names} == {b"x" * size}
 
     asyncio.run(asyncio.wait_for(story(), 60))
+
+
+def test_threads_reach_the_files_of_the_cluster_without_a_mount(local: Local) -> None:
+    disk = local.directory / "disk.img"
+    with disk.open("wb") as image:
+        image.truncate(128 << 20)
+    command("gfs", "mkfs", str(disk), "--table=local:home", "--journals=3", "--yes")
+    with sync.open_filesystem(disk, local.socket(1)) as here, sync.open_filesystem(disk, local.socket(2)) as there:
+        here.mkdir("reports")
+        with here.open("reports/today", os.O_RDWR | os.O_CREAT) as file:
+            file.pwrite(b"written by node 1", 0)
+        assert there.read("reports/today") == b"written by node 1"
+        with there.open("reports/today", os.O_RDWR) as file:
+            file.flock()
+            file.pwrite(b"WRITTEN", 0)
+            file.fsync()
+        assert here.read("reports/today") == b"WRITTEN by node 1"
+        assert here.listdir("reports") == ["today"]
+        with pytest.raises(FileNotFoundError):
+            there.read("reports/tomorrow")
 
 
 def test_a_client_that_dies_frees_its_locks_at_once(local: Local) -> None:
