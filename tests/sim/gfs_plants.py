@@ -139,6 +139,8 @@ def hand_over_without_data(patch: pytest.MonkeyPatch) -> None:
 
     async def lose(self: DataCache, data: FileData) -> None:
         data.cut(0)
+        while self._pass is not None:  # what is under way cannot be lost any more
+            await self._pass
 
     patch.setattr(DataCache, "write_clean", lose)
 
