@@ -63,8 +63,9 @@ dlm-model: $(STAMP)  ## the lock engine against a dumb second one, random storie
 	$(BIN)/python -m tests.unit.dlm.against_dumb --seconds $(SECONDS)
 
 RUNS ?= 200
-oracle: $(STAMP)  ## the lock engine against the DLM of a Linux in user mode, live: RUNS=200 SEED=1; skipped where its packages are missing
-	$(BIN)/python -m tests.oracle --runs $(RUNS) --seed $(SEED)
+NODES ?= 1
+oracle: $(STAMP)  ## the lock engine against the DLM of a Linux in user mode, live: RUNS=200 SEED=1 NODES=1|2; skipped where its packages are missing
+	$(BIN)/python -m tests.oracle --runs $(RUNS) --seed $(SEED) --nodes $(NODES)
 
 plants: $(STAMP)  ## every planted bug, and the seed at which its checker catches it
 	$(BIN)/python -m tests.plants

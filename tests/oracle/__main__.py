@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.oracle.boot import Guest, GuestFailed, missing
+from tests.oracle.boot import GuestFailed, Guests, missing
 from tests.oracle.compare import compare
 from tests.oracle.generate import LENGTH, run
 
@@ -17,30 +17,33 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1, help="of the first run; the others count on")
     parser.add_argument("--length", type=int, default=LENGTH, help="calls a run")
+    parser.add_argument("--nodes", type=int, choices=(1, 2), default=1)
     parser.add_argument("--record", type=Path, help="append what is stable to this file, as docs/design/dlm-oracle.md")
     options = parser.parse_args(argv)
     if reason := missing():
         print(f"skipped: {reason}")
         return 0
     runs = [
-        {"seed": seed, "operations": run(seed, options.length)}
+        {"seed": seed, "operations": run(seed, options.length, options.nodes)}
         for seed in range(options.seed, options.seed + options.runs)
     ]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the guest ends with us
-    with tempfile.TemporaryDirectory(prefix="corral-oracle-") as directory, Guest(Path(directory), runs) as guest:
+    with tempfile.TemporaryDirectory(prefix="corral-oracle-") as name:
+        directory = Path(name)
         try:
-            return play(guest, options.record)
+            with Guests(directory, runs, options.nodes) as guests:
+                return play(guests, options.record)
         except GuestFailed as failed:
             print(f"the guest failed: {failed}")
-            for log in [*sorted(Path(directory).glob("*.log")), Path(directory) / "console"]:
+            for log in sorted(directory.glob("*.log")):
                 print(f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-15:], sep="\n")
             return 2
 
 
-def play(guest: Guest, file: Path | None) -> int:
+def play(guests: Guests, file: Path | None) -> int:
     played = steps = unstable = parted = failed = 0
-    for record in guest.records():
-        outcome = compare(record)
+    for record in guests.records():
+        outcome = compare(record, guests.count)
         played += 1
         steps += len(outcome.run["steps"])
         unstable += outcome.unstable

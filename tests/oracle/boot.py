@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,29 +22,33 @@ MEMORY_DIRECTORY: Final = Path("/dev/shm")  # the guest's memory is a file here
 SILENCE_SECONDS: Final = 180  # a guest that has said nothing for so long hangs
 PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
 
+LOOPBACK: Final = "127.0.0.1"
+ADDRESSES: Final = ("10.0.0.1", "10.0.0.2")  # of two guests, between which a pair of sockets is the network
 COROSYNC: Final = """\
-totem {
+totem {{
   version: 2
   cluster_name: oracle
   transport: udpu
   token: 60000
-}
-nodelist {
-  node {
-    ring0_addr: 127.0.0.1
-    nodeid: 1
-    name: one
-  }
-}
-quorum {
+}}
+nodelist {{
+{nodes}}}
+quorum {{
   provider: corosync_votequorum
-  expected_votes: 1
-}
-logging {
+  expected_votes: {count}
+}}
+logging {{
   to_stderr: yes
   to_syslog: no
   to_logfile: no
-}
+}}
+"""
+COROSYNC_NODE: Final = """\
+  node {{
+    ring0_addr: {address}
+    nodeid: {number}
+    name: node{number}
+  }}
 """
 
 
@@ -65,47 +70,71 @@ def missing() -> str:
     return ""
 
 
-class Guest:
-    """Plays the runs handed over, and ends. `shared` is a directory of its own, which keeps plan, record and logs."""
+class Guests:
+    """One or two guests, which play the runs handed over. `shared` is a directory of theirs: plan, record, logs."""
 
-    def __init__(self, shared: Path, runs: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, shared: Path, runs: Sequence[dict[str, Any]], count: int = 1) -> None:
         self.shared = shared
+        self.count = count
         self.record = shared / "record.jsonl"
-        (shared / "corosync.conf").write_text(COROSYNC)
+        addresses = ADDRESSES if count > 1 else (LOOPBACK,)
+        nodes = "".join(COROSYNC_NODE.format(address=each, number=at) for at, each in enumerate(addresses, 1))
+        (shared / "corosync.conf").write_text(COROSYNC.format(nodes=nodes, count=count))
         (shared / "plan.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def command(self, node: int, network: int | None) -> list[str]:
+        """How to start a guest. `network` is the socket, if any, that is its network device."""
         here = Path(__file__).parent
-        self.command = [
+        command = [
             *(shutil.which(KERNEL, path=PATH) or KERNEL, f"mem={MEMORY}", "quiet", "noreboot"),
             *("root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", f"init={here / 'guest.sh'}"),
-            *("con=null", "con0=null,fd:1", f"uml_dir={shared}", "umid=guest"),
-            *(f"SHARED={shared}", f"PYTHON={Path(sys.executable).resolve()}", f"DRIVER={here / 'driver.py'}"),
+            *("con=null", "con0=null,fd:1", f"uml_dir={self.shared}", f"umid=guest{node}"),
+            *(f"SHARED={self.shared}", f"PYTHON={Path(sys.executable).resolve()}", f"DRIVER={here / 'driver.py'}"),
+            *(f"NODE={node}", f"NODES={self.count}"),
         ]
+        if network is not None:
+            command.append(f"vec0:transport=fd,fd={network},mac=02:00:00:00:00:{node:02x}")
+            command.append(f"ADDRESS={ADDRESSES[node - 1]}")
+            command.append(f"OTHERS={','.join(ADDRESSES[1:]) if node == 1 else 'serve'}")
+        return command
 
-    def __enter__(self) -> "Guest":
-        with (self.shared / "console").open("wb") as console:
-            self.process = subprocess.Popen(
-                self.command,
+    def start(self, node: int, network: int | None) -> None:
+        with (self.shared / f"console.{node}.log").open("wb") as console:
+            process = subprocess.Popen(
+                self.command(node, network),
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
                 env={**os.environ, "TMPDIR": str(MEMORY_DIRECTORY)},
                 start_new_session=True,
+                pass_fds=() if network is None else (network,),
             )
+        self.processes.append(process)
+
+    def __enter__(self) -> "Guests":
+        if self.count == 1:
+            self.start(1, None)
+        else:
+            for node, end in enumerate(socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM), 1):
+                with end:
+                    self.start(node, end.fileno())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The recorded runs as they come. Raises GuestFailed."""
         heard = time.monotonic()
         done = 0
         while True:
-            running = self.process.poll() is None
+            running = any(process.poll() is None for process in self.processes)
             text = self.record.read_bytes()[done:] if self.record.exists() else b""
             whole = text[: text.rfind(b"\n") + 1]
             for line in whole.splitlines():
@@ -119,7 +148,8 @@ class Guest:
                 raise GuestFailed(f"nothing heard for {SILENCE_SECONDS} s")
             else:
                 time.sleep(0.2)
-        outcome = self.shared / "outcome"
-        said = outcome.read_text().strip() if outcome.exists() else "it did not come up: console"
-        if said != "done":
-            raise GuestFailed(said)
+        for node in range(1, self.count + 1):
+            outcome = self.shared / f"outcome.{node}"
+            said = outcome.read_text().strip() if outcome.exists() else f"it did not come up: console.{node}.log"
+            if said != "done":
+                raise GuestFailed(f"node {node}: {said}")

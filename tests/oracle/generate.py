@@ -44,8 +44,9 @@ CONVERTED: Final = (MODES, MODES, MODES[:3], MODES[2:])
 class Maker:
     """One run in the making."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, convert: Sequence[int]) -> None:
         self.rng = Random(seed)
+        self.convert = convert  # the flags for it
         self.taste = {flag: self.rng.choice(TASTES) for flag in sorted({*CONVERT, *UNLOCK, dlm.EXPEDITE})}
         self.cancels = self.rng.choice((0.03, 0.1, 0.2))
         self.crowd = self.rng.choice((3, 5, 8))  # about as many locks at a time
@@ -67,7 +68,7 @@ class Maker:
             self.locks.remove(lock)
             flags = self.flags(UNLOCK, (dlm.NOQUEUE, dlm.QUECVT, dlm.ALTPR))
             return ["unlock", lock, flags, self.value("u", number, flags)]
-        flags = self.flags(CONVERT, (dlm.EXPEDITE,))
+        flags = self.flags(self.convert, (dlm.EXPEDITE,))
         return ["convert", lock, rng.choice(self.converted), flags, self.value("v", number, flags)]
 
     def request(self) -> Operation:
@@ -92,6 +93,19 @@ class Maker:
         return f"{letter}{number}" if flags & dlm.VALBLK else None
 
 
-def run(seed: int, length: int = LENGTH) -> list[Operation]:
-    maker = Maker(seed)
-    return [maker.operation(number) for number in range(length)]
+def run(seed: int, length: int = LENGTH, nodes: int = 1) -> list[Operation]:
+    """With several nodes lock n is of node n modulo their number, and each node reads every value at the end.
+
+    No conversion asks for an alternative mode then: where another node grants it at once, Linux takes the lock for what
+    was asked.
+    """
+    maker = Maker(
+        seed, CONVERT if nodes == 1 else tuple(flag for flag in CONVERT if flag not in (dlm.ALTPR, dlm.ALTCW))
+    )
+    operations = [maker.operation(number) for number in range(length)]
+    if nodes > 1:
+        for resource in range(RESOURCES):
+            for number in range(maker.count, maker.count + nodes):
+                operations.append(["lock", number, resource, "NL", dlm.EXPEDITE | dlm.VALBLK])
+            maker.count += nodes
+    return operations

@@ -1,10 +1,11 @@
 #!/bin/sh
 # Init of the guest. The host's files are its root, read only; what must be written is in memory, or in $SHARED on the
-# host. Environment: SHARED, PYTHON, DRIVER, from the kernel's command line.
+# host. Environment, from the kernel's command line: SHARED, PYTHON, DRIVER, NODE (its number) of NODES, OTHERS (the addresses of
+# the nodes it plays with; `serve`: another one plays), and ADDRESS on the network between guests, if there is one.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 
 stop() {
-    echo "$1" > /mnt/outcome
+    echo "$1" > /mnt/outcome.$NODE
     poweroff -f
 }
 
@@ -19,7 +20,10 @@ within() { # seconds, command: until it succeeds
 }
 
 quorate() { corosync-quorumtool -s 2> /dev/null | grep -q 'Quorate: *Yes'; }
-controlled() { dlm_tool status 2> /dev/null | grep -q 'quorate 1'; }
+controlled() { # and every node's address is known to the kernel
+    dlm_tool status 2> /dev/null | grep -q 'quorate 1' &&
+        [ "$(ls /sys/kernel/config/dlm/cluster/comms | wc -l)" = "$NODES" ]
+}
 
 mount -t proc none /proc
 mount -t sysfs none /sys
@@ -29,6 +33,10 @@ for directory in /dev/shm /run /var/lib/corosync /var/log; do
     mount -t tmpfs none $directory
 done
 ip link set lo up
+if [ -n "$ADDRESS" ]; then
+    ip addr add "$ADDRESS/24" dev vec0
+    ip link set vec0 up
+fi
 
 modules=/usr/lib/uml/modules/$(uname -r)/kernel
 insmod "$modules/fs/configfs/configfs.ko" && insmod "$modules/fs/dlm/dlm.ko" || stop 'cannot load the dlm module'
@@ -37,13 +45,17 @@ for device in dlm-control dlm-monitor dlm_plock dlm_oracle; do
     ln -s ../$device /dev/misc/$device # where libdlm looks; udev would do that
 done
 
-corosync -f -c /mnt/corosync.conf > /mnt/corosync.log 2>&1 &
-within 60 quorate || stop 'corosync did not become quorate: corosync.log'
-dlm_controld -D --enable_fencing 0 > /mnt/dlm_controld.log 2>&1 &
-within 60 controlled || stop 'dlm_controld did not start: dlm_controld.log'
+corosync -f -c /mnt/corosync.conf > /mnt/corosync.$NODE.log 2>&1 &
+within 60 quorate || stop "corosync did not become quorate: corosync.$NODE.log"
+dlm_controld -D --enable_fencing 0 > /mnt/dlm_controld.$NODE.log 2>&1 &
+within 60 controlled || stop "dlm_controld did not start: dlm_controld.$NODE.log"
 
-if "$PYTHON" -I "$DRIVER" /mnt/plan.jsonl /mnt/record.jsonl > /mnt/driver.log 2>&1; then
+case $OTHERS in
+    serve) set -- serve - ;;
+    *) set -- /mnt/plan.jsonl /mnt/record.jsonl $(echo "$OTHERS" | tr , ' ') ;;
+esac
+if "$PYTHON" -I "$DRIVER" "$@" > "/mnt/driver.$NODE.log" 2>&1; then
     stop done
 else
-    stop 'the driver failed: driver.log'
+    stop "the driver failed: driver.$NODE.log"
 fi

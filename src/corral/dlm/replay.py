@@ -16,7 +16,7 @@ we do not). A run in which that happens is compared up to there: it *parts*.
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, NamedTuple, final
+from typing import Any, Final, NamedTuple, Protocol, final
 
 from corral.api.dlm import (
     ALTMODE,
@@ -32,10 +32,9 @@ from corral.api.dlm import (
     Completion,
     Request,
 )
-from corral.dlm.engine import LockspaceEngine
 from corral.dlm.events import Blocked, Done, Submit
 from corral.dlm.modes import EAGAIN, EDEADLK, EINVAL, ENOENT, ETIMEDOUT, UNLOCK_FLAGS, VALUE_TRANSFER, WRITE
-from corral.dlm.resource import CONVERTING, Lock
+from corral.dlm.resource import Lock
 from corral.dlm.solo import solo
 
 UNDEFINED: Final = "<undefined>"
@@ -83,6 +82,31 @@ class Replayed(NamedTuple):
     parting: Parting | None
 
 
+class Locks(Protocol):
+    """Where a run is played: a lockspace, or all members of one. Locks go by their handles."""
+
+    value_size: int
+
+    def submit(self, handle: int, cookie: int, request: Request) -> Sequence[object]:
+        """What is emitted until nothing more happens."""
+
+    def find(self, handle: int) -> Lock | None: ...
+
+
+@final
+class _Alone:
+    def __init__(self) -> None:
+        self.engine = solo(0, "replay")
+        self.value_size = self.engine.value_size
+
+    def submit(self, handle: int, cookie: int, request: Request) -> Sequence[object]:
+        self.engine.step(0, Submit(CLIENT, ((handle, cookie, request),)))
+        return self.engine.ready().emit
+
+    def find(self, handle: int) -> Lock | None:
+        return self.engine.space.find(CLIENT << 32 | handle)
+
+
 @final
 class _Caller:
     """One lock as the recording program, libdlm and the kernel's device hold it."""
@@ -115,8 +139,8 @@ class _Caller:
 
 @final
 class _Run:
-    def __init__(self, engine: LockspaceEngine) -> None:
-        self.engine = engine
+    def __init__(self, locks: Locks) -> None:
+        self.locks = locks
         self.callers: dict[int, _Caller] = {}
         self.parted = False
 
@@ -138,10 +162,9 @@ class _Run:
             request = self._unlock(operation)
         else:
             request = Request("cancel")
-        known = (self._lock(name) for name in self.callers)
-        converting = {lock.id: lock.granted for lock in known if lock is not None and lock.status == CONVERTING}
-        self.engine.step(0, Submit(CLIENT, ((handle, cookie, request),)))
-        done = self.engine.ready().emit
+        known = ((name + 1, self._lock(name)) for name in self.callers)
+        converting = {at: lock.granted for at, lock in known if lock is not None and lock.pending}
+        done = self.locks.submit(handle, cookie, request)
         self.parted = any(_keeps_its_mode(event, converting) for event in done)
         result = self._result(cookie, done)
         if kind == "convert" and result == 0:
@@ -200,18 +223,18 @@ class _Run:
         """An operation that waits will write what is in the block then."""
         lock = self._lock(name)
         if lock is not None and lock.pending and lock.flags & VALBLK and caller.block is not None:
-            lock.value = _block(caller.block).ljust(self.engine.value_size, b"\0")
+            lock.value = _block(caller.block).ljust(self.locks.value_size, b"\0")
 
     def _lock(self, name: int) -> Lock | None:
-        return self.engine.space.find(CLIENT << 32 | (name + 1))
+        return self.locks.find(name + 1)
 
 
 def _keeps_its_mode(event: object, converting: dict[int, int]) -> bool:
-    """Is this a grant from the convert queue in the mode that the lock had? `converting`: modes by lock, before."""
+    """Is this a grant from the convert queue in the mode that the lock had? `converting`: modes by handle."""
     if not isinstance(event, Done) or event.completion.status:
         return False
     flags, mode = event.completion.flags, event.completion.mode
-    return bool(flags & ALTMODE) and not flags & DEMOTED and converting.get(event.client << 32 | event.handle) == mode
+    return bool(flags & ALTMODE) and not flags & DEMOTED and converting.get(event.handle) == mode
 
 
 def _block(text: str) -> bytes:
@@ -222,7 +245,7 @@ def _text(value: bytes) -> str:
     return value.split(b"\0", 1)[0].decode(errors="replace")
 
 
-def _equal(expected: Sequence[Any], got: Sequence[Any]) -> bool:
+def equal(expected: Sequence[Any], got: Sequence[Any]) -> bool:
     """Results equal and events equal as multisets; an undefined value equals any."""
     if expected[0] != got[0] or len(expected) != len(got):
         return False
@@ -238,8 +261,8 @@ def _key(event: Sequence[Any]) -> str:
     return repr(list(event[:4]))
 
 
-def replay(run: dict[str, Any], engine: LockspaceEngine | None = None) -> Replayed:
-    """One run of a recording, against a fresh lockspace. Goes on after a mismatch, ends where it parts.
+def replay(run: dict[str, Any], locks: Locks | None = None) -> Replayed:
+    """One run of a recording, against a fresh lockspace or `locks`. Goes on after a mismatch, ends where it parts.
 
     Raises Malformed.
     """
@@ -247,13 +270,13 @@ def replay(run: dict[str, Any], engine: LockspaceEngine | None = None) -> Replay
         seed, steps = run["seed"], run["steps"]
     except (KeyError, TypeError):
         raise Malformed("a run is an object with seed and steps") from None
-    player = _Run(engine or solo(0, "replay"))
+    player = _Run(locks or _Alone())
     mismatches: list[Mismatch] = []
     for number, step in enumerate(steps):
         try:
             operation, expected = step
             got = player.step(number + 1, operation)  # nobody would hear of one with the cookie 0
-            same = _equal(expected, got)
+            same = equal(expected, got)
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise Malformed(f"run {seed} step {number}: {type(error).__name__} {error}") from None
         if player.parted:
