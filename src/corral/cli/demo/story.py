@@ -179,20 +179,24 @@ class Demo:
         tell(f"      the fence agent killed what else it ran: pid {', '.join(str(p.pid) for p in others)}")
 
     def _show_recovery(self) -> None:
-        happenings = self._ask(1, "history", since=self._killed_at)
+        histories = [
+            self._ask(node, "history", since=self._killed_at) for node in range(1, NODES + 1) if node != VICTIM
+        ]
 
-        def first(kind: str, *words: str) -> int | None:
-            for at, what, text in happenings:
-                if what == kind and all(word in text for word in words):
-                    return int(at)
-            return None
+        def told(kind: str, *words: str) -> list[int]:
+            """When each survivor that tells it told it first."""
+            found = []
+            for history in histories:
+                times = [int(at) for at, what, text in history if what == kind and all(word in text for word in words)]
+                found += times[:1]
+            return found
 
         phases = [
-            ("failure detected", first("link", f"node {VICTIM}", "down")),
-            ("new view", first("view", "quorate")),
-            ("fenced", first("fence", f"node {VICTIM} fenced")),
-            ("locks recovered", first("round", "dlm:", "has recovered")),
-            ("journal replayed", first("round", "gfs:", "has recovered")),
+            ("failure detected", min(told("link", f"node {VICTIM}", "down"), default=None)),
+            ("new view", max(told("view", "quorate"), default=None)),
+            ("fenced", max(told("fence", f"node {VICTIM} fenced"), default=None)),
+            ("locks recovered", max(told("round", "dlm:", "has recovered"), default=None)),
+            ("journal replayed", max(told("round", "gfs:", "has recovered"), default=None)),
         ]
         for name, at in phases:
             if at is None:
