@@ -1,6 +1,8 @@
 """Every Python block of README and docs/guide runs, and the shell blocks of getting-started.md, in their order.
 
-Blocks that connect run against one local cluster, whose node 1 is their default; the others stand alone.
+Blocks that connect run against one local cluster, whose node 1 is their default; the others stand alone. A block that
+begins with a file's name as a comment is that file, for every block of its page. A text block right after a Python
+block is what that prints.
 """
 
 import os
@@ -18,25 +20,33 @@ from corral.cli.localcluster import LocalCluster
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"# (\w+\.py)\n")
 SECONDS = 120
 
 
 class Block(NamedTuple):
     name: str
     code: str
+    prints: str | None
+    files: dict[str, str]
+
+
+def files(text: str) -> dict[str, str]:
+    return {name[1]: match[2] for match in BLOCK.finditer(text) if (name := FILE.match(match[2]))}
 
 
 def blocks(language: str) -> list[Block]:
     return [
-        Block(f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 1}", match[2])
+        Block(f"{page.name}:{text[: match.start()].count(chr(10)) + 1}", match[2], match[3], files(text))
         for page in PAGES
-        for match in BLOCK.finditer(page.read_text())
-        if match[1] == language
+        for text in [page.read_text()]
+        for match in BLOCK.finditer(text)
+        if match[1] == language and not FILE.match(match[2])
     ]
 
 
-def run(arguments: list[str], directory: Path, **more: str) -> None:
+def run(arguments: list[str], directory: Path, **more: str) -> str:
     # The commands of this very interpreter come first, as the guide has it.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, **more}
@@ -45,6 +55,14 @@ def run(arguments: list[str], directory: Path, **more: str) -> None:
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def run_block(block: Block, directory: Path, **more: str) -> None:
+    for name, text in block.files.items():
+        (directory / name).write_text(text)
+    printed = run([sys.executable, "-W", "error", "-c", block.code], directory, **more)
+    assert block.prints is None or printed == block.prints
 
 
 def give_up(directory: Path) -> None:
@@ -65,12 +83,12 @@ def socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.mark.parametrize("block", [b for b in blocks("python") if "connect()" in b.code], ids=lambda b: b.name)
 def test_examples_that_connect(block: Block, socket: str, tmp_path: Path) -> None:
-    run([sys.executable, "-W", "error", "-c", block.code], tmp_path, CORRAL_SOCKET=socket)
+    run_block(block, tmp_path, CORRAL_SOCKET=socket)
 
 
 @pytest.mark.parametrize("block", [b for b in blocks("python") if "connect()" not in b.code], ids=lambda b: b.name)
 def test_examples_that_stand_alone(block: Block, tmp_path: Path) -> None:
-    run([sys.executable, "-W", "error", "-c", block.code], tmp_path)
+    run_block(block, tmp_path)
 
 
 @pytest.mark.fuse
