@@ -141,7 +141,6 @@ class HeldLock:
         "_kept",
         "_key",
         "_lost",
-        "_near",
         "_on_block",
         "_settling",
         "_space",
@@ -167,7 +166,6 @@ class HeldLock:
         self._kept = False  # in the table of kept locks, in use or idle
         self._idle = False  # kept, and nobody uses it: whoever takes it compares the lease and makes this False
         self._on_block = on_block
-        self._near = False  # granted within the call, so mastered here: its end may be decided so too
         self._lost = False
         self._task: asyncio.Task[Any] | None = None
         self._settling: asyncio.Future[None] | None = None  # while a cancelled conversion is taken back
@@ -430,7 +428,6 @@ class LockSpace:
         request = Request("lock", held.resource, mode, flags | VALBLK, timeout_ns=timeout_ns)
         if self._now is not None and (done := self._now(request, held._told)) is not None:
             held._handle, completion = done
-            held._near = True
         else:
             completion = await self.complete(request, held)
         held._take(completion, VALBLK)
@@ -525,7 +522,7 @@ class LockSpace:
             return
         held.mode = -1
         self.released(held)
-        self._drop(held._handle, near=held._near)
+        self._drop(held._handle)
 
     def released(self, held: HeldLock) -> None:
         self.unkeep(held)
@@ -581,13 +578,13 @@ class LockSpace:
         """Also in the loop turn in which it became so, before `_lose`."""
         return self.backend.lost.done()
 
-    def _drop(self, handle: int, *, near: bool = False) -> None:
+    def _drop(self, handle: int) -> None:
         """Ends a lock in whatever state it is: held, asked for, or granted while nobody looked."""
         self.backend.forget(handle)
         if self._over:
             return
         request = Request("unlock", flags=FORCEUNLOCK, lock=handle)
-        if not near or self._now is None or self._now(request, None) is None:
+        if self._now is None or self._now(request, None) is None:  # at once, or the next lock would wait behind it
             self.backend.submit([request], None)
 
     def _lose(self, lost: "asyncio.Future[str]") -> None:
