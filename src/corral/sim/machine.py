@@ -154,6 +154,8 @@ class Machine:
         self.halted = False
         for process in list(self.processes.values()):
             process.vanish()
+        for state in self.states.values():
+            state.power_cut()
         self.sockets.clear()
         self.pages.clear()
 

@@ -46,6 +46,11 @@ class StateDirectory:
     def delete(self) -> None:
         self._files = {}
 
+    def power_cut(self) -> None:
+        """What was queued and never begun is gone: nobody waits for it after the next boot."""
+        for file in self._files.values():
+            file.free_at = 0
+
     def damage(self, name: str, where: str) -> None:
         """From now on this store does not check out."""
         self._files[name].damage = where

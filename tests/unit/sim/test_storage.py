@@ -42,6 +42,25 @@ def test_what_was_appended_is_there_after_a_kill_and_after_a_power_cut() -> None
     simulate(body)
 
 
+def test_nobody_waits_for_what_was_queued_before_a_power_cut() -> None:
+    async def body(sim: Simulation) -> None:
+        machine = sim.machines["n1"]
+        store = machine.attach("corrald").world.store("log")
+        machine.slownesses.append(1_000_000)
+        waiting = [asyncio.ensure_future(store.append([b"x"])) for _ in range(10)]
+        await asyncio.sleep(0.001)
+        machine.slownesses.clear()
+        machine.power_cut()
+        machine.boot()
+        began = sim.now
+        await machine.attach("corrald").world.store("log").read()
+        assert sim.now - began < SECOND
+        for append in waiting:
+            append.cancel()
+
+    simulate(body)
+
+
 def interrupted(operation: str, how: str) -> set[tuple[bytes, ...]]:
     """All outcomes seen over many seeds of an operation that a crash interrupts."""
 
