@@ -279,6 +279,8 @@ class Participant:
 
     def received(self, messages: list[bytes]) -> None:
         for payload in messages:
+            if self.lost.done():
+                return  # everybody who waited was told so
             try:
                 message = FROM_CORRALD.decode(payload)
             except PeerError as error:
