@@ -224,6 +224,7 @@ class LiftEngine:
         elif isinstance(event, Tick):
             self._judge_unreachable(now)
             self._judge_joins(now)
+            self._arm()
 
     # -- views
 
@@ -436,7 +437,6 @@ class LiftEngine:
                 del self._waiting_joins[key]
                 reason = _why_not_yet(self._plan[message.group], message.member) or "its round has not finished"
                 self._refuse(message, f"{reason}; see what its recovery waits for, then try again")
-        self._arm()
 
     def _depart(self, message: Depart) -> None:
         for name, member in sorted(self._waiting_joins):
@@ -490,7 +490,6 @@ class LiftEngine:
             reason = f"it and {other} of {group} could not talk for {self._recover_ns / 1e9:g} s"
             self._ready.then_send.append((_home(victim), Evict(self._view_id(), victim, reason)))
         self._unreachable = {k: v for k, v in self._unreachable.items() if not {k[1], k[2]} & self._evicted}
-        self._arm()
 
     def _unreached(self, group: str, member: MemberId) -> int:
         """How many it cannot talk to. One side's word is enough: the other may have had nothing to say to it."""

@@ -20,13 +20,12 @@ offset  size of the value (little-endian)
 ======= ==== ==================================================
 """
 
-from types import TracebackType
-from typing import Final, NamedTuple, Self, final
+from typing import Final, NamedTuple, final
 
 from corral.api.dlm import EX, Lock, Lockspace
 from corral.base.errors import WouldBlock
 from corral.base.time import Seconds
-from corral.recipes.register import Register, Value
+from corral.recipes.register import OnRegister, Register, Value
 from corral.recipes.waiting import Deadline, first_of, unique
 
 HEADER: Final = 5
@@ -58,26 +57,22 @@ EMPTY: Final = State(False, 0, ())
 
 
 @final
-class DoubleBarrier:
+class DoubleBarrier(OnRegister):
     """`async with`, or `open` and `close`. One object is one party: enter and leave by turns."""
 
     def __init__(self, space: Lockspace, name: str, parties: int) -> None:
         if parties < 1:
             raise ValueError("a barrier is for one party or more")
         self.parties: Final = parties
-        self._register = Register(space, name, EMPTY.encode())
+        super().__init__(Register(space, name, EMPTY.encode()))
         self._space = space
         self._number = 0
         self._turn = 0
         self._presence: Lock | None = None
 
-    @property
-    def name(self) -> str:
-        return self._register.name
-
     async def open(self, *, timeout: Seconds | None = None) -> None:
         """Raises ValueError when a value block has no room for so many parties."""
-        await self._register.open(timeout=timeout)
+        await super().open(timeout=timeout)
         if HEADER + 8 * self.parties > self._register.capacity:
             await self.close()
             raise ValueError(
@@ -88,16 +83,7 @@ class DoubleBarrier:
     async def close(self) -> None:
         """Who is inside has left."""
         self._drop_presence()
-        await self._register.close()
-
-    async def __aenter__(self) -> Self:
-        await self.open()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
+        await super().close()
 
     async def enter(self, *, timeout: Seconds | None = None) -> None:
         """Returns when all parties are in. Raises TimedOut, and LockLost; then it is not in, though if the others were

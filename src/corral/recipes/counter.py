@@ -4,42 +4,22 @@ An addition that was not acknowledged (TimedOut, cancelled, LockLost) is counted
 as long as one process has it open, then it begins at `initial` again.
 """
 
-from types import TracebackType
-from typing import Final, Self, final
+from typing import Final, final
 
 from corral.api.dlm import Lockspace
 from corral.base.time import Seconds
-from corral.recipes.register import Register
+from corral.recipes.register import OnRegister, Register
 
 _LEAST: Final = -(1 << 63)
 _MOST: Final = (1 << 63) - 1
 
 
 @final
-class Counter:
+class Counter(OnRegister):
     """64 bits with a sign. `async with Counter(space, "name") as counter`, or `open` and `close`."""
 
     def __init__(self, space: Lockspace, name: str, initial: int = 0) -> None:
-        self._register = Register(space, name, _encode(initial))
-
-    @property
-    def name(self) -> str:
-        return self._register.name
-
-    async def open(self, *, timeout: Seconds | None = None) -> None:
-        await self._register.open(timeout=timeout)
-
-    async def close(self) -> None:
-        await self._register.close()
-
-    async def __aenter__(self) -> Self:
-        await self.open()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
+        super().__init__(Register(space, name, _encode(initial)))
 
     async def read(self, *, timeout: Seconds | None = None) -> int:
         """Raises TimedOut, ValueLost, LockLost; so do the others."""

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple, Self, final
 from corral.api.dlm import EX, Lock, Lockspace
 from corral.base.errors import WouldBlock
 from corral.base.time import Seconds
-from corral.recipes.register import Register, Value
+from corral.recipes.register import OnRegister, Register, Value
 from corral.recipes.waiting import Deadline, first_of
 
 HEADER: Final = 10
@@ -82,31 +82,12 @@ class Element:
 
 
 @final
-class Queue:
+class Queue(OnRegister):
     """`async with Queue(space, "name") as queue`, or `open` and `close`. Each open one is a member and keeps all."""
 
     def __init__(self, space: Lockspace, name: str) -> None:
-        self._register = Register(space, name)
+        super().__init__(Register(space, name))
         self._space = space
-
-    @property
-    def name(self) -> str:
-        return self._register.name
-
-    async def open(self, *, timeout: Seconds | None = None) -> None:
-        await self._register.open(timeout=timeout)
-
-    async def close(self) -> None:
-        await self._register.close()
-
-    async def __aenter__(self) -> Self:
-        await self.open()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def put(self, data: bytes, *, timeout: Seconds | None = None) -> int:
         """Waits for room. Returns its number. After TimedOut or a cancelled task it may be there or not, unless the

@@ -27,6 +27,7 @@ offset  size of a block (little-endian)
 """
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from types import TracebackType
@@ -103,8 +104,26 @@ class Copy:
         self._bell.ring()
 
 
+class Opened(ABC):
+    """`async with` for what is opened and closed."""
+
+    @abstractmethod
+    async def open(self, *, timeout: Seconds | None = None) -> None: ...
+    @abstractmethod
+    async def close(self) -> None: ...
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
 @final
-class Register:
+class Register(Opened):
     """`async with Register(space, "name") as register`, or `open` and `close`. One per process and name is enough: all
     its methods may be called from many tasks."""
 
@@ -155,15 +174,6 @@ class Register:
             keeper.cancel()
             with suppress(asyncio.CancelledError, ClusterError):
                 await keeper
-
-    async def __aenter__(self) -> Self:
-        await self.open()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     # --- use ---------------------------------------------------------------------------------------------------------
 
@@ -318,3 +328,20 @@ class Register:
         raise ValueLost(
             f"{self.name}: neither copy of its value is valid; close it everywhere: the next to open it begins anew"
         )
+
+
+class OnRegister(Opened):
+    """A recipe that keeps its state in a register, and lives as long."""
+
+    def __init__(self, register: Register) -> None:
+        self._register = register
+
+    @property
+    def name(self) -> str:
+        return self._register.name
+
+    async def open(self, *, timeout: Seconds | None = None) -> None:
+        await self._register.open(timeout=timeout)
+
+    async def close(self) -> None:
+        await self._register.close()

@@ -1,18 +1,17 @@
 """The shared filesystem without asyncio: what `corral.files` has, blocking, from any thread."""
 
 import os
-from types import TracebackType
 from typing import final
 
 from corral import files as asynchronous
 from corral.api.gfs import Attributes, FilesystemUsage
 from corral.base.world import Buffer
 from corral.files.paths import Listed, Path
-from corral.sync.loop import LoopThread
+from corral.sync.loop import Closing, LoopThread
 
 
 @final
-class File:
+class File(Closing):
     """As `corral.files.File`; close it, or use it in a `with`."""
 
     def __init__(self, loop: LoopThread, file: asynchronous.File) -> None:
@@ -46,17 +45,9 @@ class File:
     def close(self) -> None:
         self._loop.call(self._file.close(), goes_on=True)
 
-    def __enter__(self) -> "File":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 @final
-class Files:
+class Files(Closing):
     """As `corral.files.Files`; close it, or use it in a `with`: until then this process is part of the cluster."""
 
     def __init__(self, loop: LoopThread, opening: asynchronous.Opening, files: asynchronous.Files) -> None:
@@ -125,14 +116,6 @@ class Files:
             self._loop.call(self._opening.__aexit__(None, None, None))
         finally:
             self._loop.close()
-
-    def __enter__(self) -> "Files":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_filesystem(device: str | os.PathLike[str], socket: str | os.PathLike[str] | None = None) -> Files:

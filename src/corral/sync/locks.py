@@ -11,7 +11,7 @@ from corral.base.errors import LockLost
 from corral.base.time import Seconds
 from corral.base.view import View
 from corral.providers.locks import HeldLock, LockSpace
-from corral.sync.loop import LoopThread
+from corral.sync.loop import Closing, LoopThread
 
 T = TypeVar("T")
 
@@ -131,7 +131,7 @@ class Space:
 
 
 @final
-class Cluster:
+class Cluster(Closing):
     """A connection to corrald (or a local cluster) for threads."""
 
     def __init__(self, loop: LoopThread, cluster: "doors.Cluster | doors.LocalCluster") -> None:
@@ -160,14 +160,6 @@ class Cluster:
             self._loop.call(self._cluster.close())
         finally:
             self._loop.close()
-
-    def __enter__(self) -> "Cluster":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _open(connecting: Any) -> Cluster:
